@@ -1,0 +1,68 @@
+"""The commands: one module each, named like its command, found by looking into this folder.
+
+A command's module exposes ``NAME``, ``HELP``, ``configure(parser)`` and ``run(args) -> int``, and imports what is heavy
+inside ``run``: a command pays for its own imports only, and the daemon for none of the others'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Protocol, cast
+
+from routerd import config
+
+EXIT_FINE = 0
+EXIT_WRONG = 1  # something was found to be wrong
+EXIT_USAGE = 2
+EXIT_CONFIG = 78  # EX_CONFIG: systemd is told not to restart on it
+
+
+class Command(Protocol):
+    """What a module of this folder offers."""
+
+    NAME: str
+    HELP: str
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Add the command's arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Do it, and return an exit code. A ``ConfigError`` may pass: it is printed and becomes ``EXIT_CONFIG``."""
+
+
+def names() -> list[str]:
+    """Every command there is, without importing any."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def command(name: str) -> Command:
+    """The command's module, imported."""
+    return cast("Command", importlib.import_module(f"{__name__}.{name}"))
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """``--config FILE``, for the commands that read the configuration."""
+    parser.add_argument("--config", metavar="FILE", help="the config file (default: the first found; see README)")
+
+
+def find_config(args: argparse.Namespace) -> Path | None:
+    """The config file for this call; None: the environment alone."""
+    return config.find(args.config, os.environ, Path.cwd())
+
+
+def load_config(args: argparse.Namespace) -> config.Config:
+    """The configuration, with its warnings printed. Raises ConfigError."""
+    loaded = config.load(find_config(args), os.environ)
+    print_problems(loaded.warnings, "warning: ")
+    return loaded
+
+
+def print_problems(problems: tuple[config.Problem, ...], prefix: str = "") -> None:
+    """To stderr, one a line."""
+    for problem in problems:
+        print(f"{prefix}{problem}", file=sys.stderr)

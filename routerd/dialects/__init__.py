@@ -1,0 +1,103 @@
+"""Wire bytes <-> canonical events, one module per wire API.
+
+A dialect is a module of this folder that exposes ``DIALECT``; the registry finds it by itself, and the contract tests
+over the registry pick it up. Nothing here waits, connects or looks at a clock: decoders are given bytes and return
+frames, encoders are given events and return bytes.
+
+What a stream of events looks like, whichever dialect it came from: one ``Start``; then deltas, with each tool call
+opened by exactly one ``ToolStart`` before its first ``ToolDelta``; then one ``Finish``, the last ``UsageReport`` after
+it or before it, and one ``End``. A ``Fault`` may stand anywhere and makes the answer unfit for use. Indexes count the
+blocks of their own kind, from zero. An answer can be whole without ``End``, never without ``Finish``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import msgspec
+
+from routerd.canonical import Event, Failure, Frame, Head, Upstream
+
+
+class Stamp(msgspec.Struct, frozen=True):
+    """What every piece of one answer carries. ``created`` is in Unix seconds."""
+
+    id: str
+    model: str
+    created: int
+    include_usage: bool = False  # chat: the client asked for the usage chunk
+
+
+class Decoder(Protocol):
+    """Reads one attempt's stream. Its frames' ``raw``, joined, are the bytes it was fed."""
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """Return the frames that are now whole. Raises ``UpstreamProtocolError`` on bytes that are not this dialect."""
+
+    def close(self) -> list[Frame]:
+        """The upstream is at its end: return the last frames. Raises ``UpstreamTruncated`` if the answer is not whole.
+
+        An answer can be whole without its terminal marker; then no ``End`` was among the events, and whoever needs the
+        marker downstream encodes one.
+        """
+
+
+class Encoder(Protocol):
+    """Writes one exchange's stream; it outlives failovers, so it keeps ids and says its role only once."""
+
+    def encode(self, event: Event) -> bytes:
+        """Return the event in this dialect, ``b""`` when it has no form here (yet)."""
+
+    def keepalive(self) -> bytes:
+        """Return a protocol event that says nothing: clients do not count comments as life."""
+
+    def error(self, failure: Failure) -> bytes:
+        """Return the failure as an in-protocol event. Nothing may follow it, least of all a terminal marker."""
+
+
+class Dialect(Protocol):
+    """One wire API."""
+
+    name: str
+    paths: tuple[str, ...]  # downstream
+    upstream_path: str  # appended to a provider's base URL
+
+    def read_head(self, body: bytes) -> Head:
+        """Read what routing needs. Raises ``BadRequest``."""
+
+    def patch_request(self, body: bytes, head: Head, upstream: Upstream) -> bytes:
+        """Return a body that ``read_head`` accepted as this upstream wants it, in the same dialect.
+
+        ``head.stream`` decides whether the upstream is asked to stream; replaced, it can differ from the client's wish.
+        """
+
+    def decoder(self) -> Decoder:
+        """Return a decoder for one attempt."""
+
+    def encoder(self, stamp: Stamp) -> Encoder:
+        """Return an encoder for one exchange."""
+
+    def decode_body(self, body: bytes) -> list[Event]:
+        """Read a whole answer as the events of a stream. Raises ``UpstreamProtocolError`` if it is not an answer.
+
+        An error object inside a 200 is no protocol error but a lone ``Fault``.
+        """
+
+    def encode_body(self, events: Iterable[Event], stamp: Stamp) -> bytes:
+        """Return a whole answer."""
+
+    def encode_error(self, failure: Failure) -> bytes:
+        """Return the body of an error response."""
+
+
+def _found() -> Iterator[Dialect]:
+    for module in pkgutil.iter_modules(__path__):
+        dialect = getattr(importlib.import_module(f"{__name__}.{module.name}"), "DIALECT", None)
+        if dialect is not None:
+            yield dialect
+
+
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in _found()}

@@ -1,0 +1,1214 @@
+"""Chat completions, OpenAI's first wire API and the one every vendor imitates.
+
+Theory of operation
+-------------------
+*Streams in.* ``sse`` cuts blocks; each is decoded into structs that name only the fields used here, and msgspec skips
+the rest without building it. Every vendor's deviation is met where its field is read: reasoning under two names,
+content as a list of parts, tool calls without index, id or name, arguments as an object, a finish reason in other words,
+usage in five places, errors in six shapes. What cannot be an answer raises; what is an error becomes a ``Fault``.
+
+Three rules keep what leaves here sound:
+
+* the answer is whole once the model has given a finish reason. ``[DONE]`` alone proves nothing, so a ``[DONE]`` before
+  any finish reason is kept back for ``close`` to report, and never reaches a client as a clean end;
+* a tool call is announced once, with its id and name. Where they come late, its blocks wait and leave as one frame;
+* the empty deltas and empty choices that servers send as keep-alives carry no event.
+
+*Streams out.* A chunk is fixed bytes around one delta. Usage is kept until the end, because the last report stands and
+clients expect it in one chunk before ``[DONE]``.
+
+*Requests.* A request is read twice, and never in full: ``read_head`` builds the few fields routing needs and leaves
+each message's content as raw bytes; ``patch_request`` rewrites top-level fields and leaves ``messages`` and ``tools``
+byte for byte as they were, which is what an upstream's prompt cache is keyed on. Messages are opened only if a ``Fix``
+asks for it and a search of the bytes says it can apply. The search is exact: inside a JSON string a quoted key appears as
+``\\"key\\"``, so ``"key"`` in full quotes cannot match there.
+
+What is ugly: msgspec rejects lone surrogates (``"\\ud83d"``) and broken UTF-8, which models and tools do produce when
+an emoji is cut in two. Then, and only then, the standard library reads the JSON and U+FFFD takes the broken
+character's place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Final
+
+import msgspec
+
+from routerd.canonical import (
+    BadRequest,
+    End,
+    Event,
+    Failure,
+    Fault,
+    Finish,
+    FinishReason,
+    Fix,
+    Frame,
+    Head,
+    Outcome,
+    ReasoningDelta,
+    Side,
+    Start,
+    TextDelta,
+    ToolDelta,
+    ToolStart,
+    Upstream,
+    UpstreamProtocolError,
+    UpstreamTruncated,
+    Usage,
+    UsageReport,
+)
+from routerd.dialects import Stamp
+from routerd.dialects.sse import BLOCK_BYTES_MAX, BODY, DONE, Block, Framer
+
+IMAGE_TOKENS: Final = 1600  # a large image at the vendors that publish a formula
+BYTES_PER_TOKEN: Final = 4
+CONVERSATION_MESSAGES_MAX: Final = 4  # the first user message is looked for no further down
+FAULT_TEXT_MAX: Final = 2000  # characters of an upstream's error kept for the classifier
+
+_Raw = msgspec.Raw
+_Fields = dict[str, msgspec.Raw]
+_encode: Final = msgspec.json.Encoder().encode
+_decode_fields: Final = msgspec.json.Decoder(_Fields).decode
+_JSON_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def _mended(data: bytes) -> bytes:
+    """Return the same JSON with U+FFFD for broken characters. Raises ``ValueError`` and ``RecursionError``."""
+    text = json.dumps(json.loads(data.decode("utf-8", "replace")), ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+# --- answers: the wire ------------------------------------------------------------------------------------------------
+
+
+class _Function(msgspec.Struct, gc=False):
+    name: str | None = None
+    arguments: Any = None  # a string; some servers send the object itself
+
+
+class _Piece(msgspec.Struct, gc=False):
+    """A piece of a tool call."""
+
+    index: int | None = None
+    id: str | int | None = None
+    function: _Function | None = None
+
+
+class _Part(msgspec.Struct, gc=False):
+    """A part of content that is not one string."""
+
+    type: str = ""
+    text: str | None = None
+    thinking: str | list[_Part] | None = None
+
+
+class _Delta(msgspec.Struct, gc=False):
+    """A delta of a stream, or the message of a whole answer: the same fields."""
+
+    role: str | None = None
+    content: str | list[_Part] | None = None
+    reasoning_content: str | None = None
+    reasoning: Any = None
+    refusal: str | None = None
+    tool_calls: list[_Piece] | None = None
+    function_call: _Function | None = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    index: int | None = 0
+    delta: _Delta | None = None
+    message: _Delta | None = None
+    finish_reason: str | None = None
+    usage: Any = None
+    error: Any = None
+
+
+class _Chunk(msgspec.Struct, gc=False):
+    """A chunk of a stream, or a whole answer."""
+
+    id: str | int | None = None
+    model: str | None = None
+    choices: list[_Choice] | None = None
+    usage: Any = None
+    error: Any = None
+    x_groq: Any = None  # an extension some servers put usage and early stops into
+
+
+_decode_chunk: Final = msgspec.json.Decoder(_Chunk).decode
+_NO_FUNCTION: Final = _Function()
+
+_FINISH_REASONS: Final[dict[str, FinishReason]] = {
+    "stop": "stop",
+    "eos": "stop",
+    "eos_token": "stop",
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "length": "length",
+    "max_tokens": "length",
+    "max_output_tokens": "length",
+    "model_length": "length",
+    "model_context_window_exceeded": "length",
+    "repetition_truncation": "length",
+    "tool_calls": "tool_calls",
+    "tool_call": "tool_calls",
+    "tool_use": "tool_calls",
+    "function_call": "tool_calls",
+    "content_filter": "content_filter",
+    "content-filter": "content_filter",
+    "safety": "content_filter",
+    "recitation": "content_filter",
+    "prohibited_content": "content_filter",
+    "blocklist": "content_filter",
+    "refusal": "content_filter",
+    "sensitive": "content_filter",
+}
+# Not the model's end but the server's: what was generated is not an answer.
+_FAULT_REASONS: Final[dict[str, int | None]] = {
+    "error": None,
+    "abort": None,
+    "cancelled": None,
+    "network_error": 502,
+    "insufficient_system_resource": 503,
+}
+_END: Final = End()
+_NO_EVENTS: Final[tuple[Event, ...]] = ()
+
+
+def _finish(reason: str, *, calls: bool) -> Finish:
+    """Return the reason in our words; an unknown one is taken for a plain stop, since the model did give a reason.
+
+    Some servers say ``stop`` after tool calls, which would keep a client from running them.
+    """
+    known = _FINISH_REASONS.get(reason) or _FINISH_REASONS.get(reason.lower(), "stop")
+    return Finish("tool_calls" if calls and known == "stop" else known)
+
+
+def _read_text(delta: _Delta, events: list[Event]) -> None:
+    reasoning = delta.reasoning_content or delta.reasoning  # both: the same text twice
+    if reasoning and isinstance(reasoning, str):
+        events.append(ReasoningDelta(0, reasoning))
+    content = delta.content
+    if content:
+        if isinstance(content, str):
+            events.append(TextDelta(0, content))
+        else:
+            _read_parts(content, events)
+    if delta.refusal:
+        events.append(TextDelta(0, delta.refusal))
+
+
+def _read_parts(parts: list[_Part], events: list[Event]) -> None:
+    for part in parts:
+        if part.thinking:
+            thinking = part.thinking
+            text = thinking if isinstance(thinking, str) else "".join(inner.text or "" for inner in thinking)
+            if text:
+                events.append(ReasoningDelta(0, text))
+        elif part.text:
+            events.append(TextDelta(0, part.text))
+
+
+# --- answers: tool calls ----------------------------------------------------------------------------------------------
+
+
+class _Call:
+    """A tool call of the answer being read. ``pending``: arguments that came before it could be announced."""
+
+    __slots__ = ("announced", "begun", "id", "index", "name", "pending")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.id = ""
+        self.name = ""
+        self.pending = ""
+        self.announced = False
+        self.begun = False  # arguments have come
+
+    def announce(self, events: list[Event]) -> None:
+        self.announced = True
+        events.append(ToolStart(self.index, self.id, self.name))
+        if self.pending:
+            events.append(ToolDelta(self.index, self.pending))
+            self.pending = ""
+
+
+class _Calls:
+    """The tool calls of one answer, collected from pieces.
+
+    Which call a piece belongs to, in this order:
+
+    1. it has an index that is new: a new one;
+    2. it has an index we know: that one, unless it brings another id, or, without an id, another name once arguments
+       have come (some servers give every parallel call the index 0);
+    3. it has no index: it opens a call if it brings a name, else it continues the last one.
+    """
+
+    __slots__ = ("_last", "_slots", "count")
+
+    def __init__(self) -> None:
+        self._slots: dict[int, _Call] = {}  # by the server's index
+        self._last: _Call | None = None
+        self.count = 0
+
+    @property
+    def waiting(self) -> bool:
+        """True while a call lacks its id or name and no arguments force it out."""
+        return self._last is not None and not self._last.announced
+
+    def read(self, piece: _Piece, events: list[Event]) -> None:
+        function = piece.function or _NO_FUNCTION
+        identity = "" if piece.id is None else str(piece.id)
+        name, arguments = function.name or "", _arguments(function.arguments)
+        call = self._find(piece.index, identity, name) or self._open(piece.index, events)
+        call.id = call.id or identity
+        call.name = call.name or name
+        if not call.announced and call.name and (call.id or arguments):
+            call.announce(events)
+        if arguments:
+            call.begun = True
+            if call.announced:
+                events.append(ToolDelta(call.index, arguments))
+            else:
+                call.pending += arguments
+
+    def settle(self, events: list[Event]) -> None:
+        """Announce a waiting call with what is known of it: nothing more will come."""
+        if self._last is not None and not self._last.announced:
+            self._last.announce(events)
+
+    def _find(self, index: int | None, identity: str, name: str) -> _Call | None:
+        call = self._last if index is None else self._slots.get(index)
+        if call is None:
+            return None
+        if identity and call.id:
+            return call if identity == call.id else None
+        if not name or not call.name:
+            return call
+        if index is None:
+            return None
+        return None if call.begun and name != call.name else call
+
+    def _open(self, index: int | None, events: list[Event]) -> _Call:
+        self.settle(events)
+        call = self._last = _Call(self.count)
+        self._slots[call.index if index is None else index] = call
+        self.count += 1
+        return call
+
+
+def _arguments(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else _encode(value).decode()
+
+
+def _read_calls(delta: _Delta, calls: _Calls, events: list[Event]) -> None:
+    for piece in delta.tool_calls or ():
+        calls.read(piece, events)
+    if delta.function_call is not None:
+        calls.read(_Piece(None, None, delta.function_call), events)
+
+
+# --- answers: usage and faults ----------------------------------------------------------------------------------------
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _read_usage(report: Any) -> UsageReport | None:
+    """Read usage under any of its names; what is not a number counts as nothing.
+
+    Cached tokens: ``prompt_tokens_details.cached_tokens`` (OpenAI), ``prompt_cache_hit_tokens`` (DeepSeek),
+    ``cached_tokens`` (Moonshot), ``cache_read_input_tokens`` (gateways before Anthropic's models). Where the total is
+    more than prompt and completion, the rest is reasoning that was billed as output but not counted as completion
+    (xAI, and Gemini's compatible endpoint).
+    """
+    if not isinstance(report, dict):
+        return None
+    prompt_details, completion_details = _details(report, "prompt"), _details(report, "completion")
+    prompt, completion = _count(report.get("prompt_tokens")), _count(report.get("completion_tokens"))
+    cached = (
+        _count(prompt_details.get("cached_tokens"))
+        or _count(report.get("prompt_cache_hit_tokens"))
+        or _count(report.get("cached_tokens"))
+        or _count(report.get("cache_read_input_tokens"))
+    )
+    uncounted = max(0, _count(report.get("total_tokens")) - prompt - completion) if prompt and completion else 0
+    output = completion + uncounted
+    reasoning = _count(completion_details.get("reasoning_tokens")) or uncounted
+    cost = report.get("cost")
+    return UsageReport(
+        Usage(
+            input_tokens=prompt,
+            cached_tokens=min(cached, prompt),
+            output_tokens=output,
+            reasoning_tokens=min(reasoning, output),
+            cost_usd=float(cost) if isinstance(cost, int | float) and 0 <= cost < 1e9 else None,
+        )
+    )
+
+
+def _details(report: dict[str, Any], kind: str) -> dict[str, Any]:
+    details = report.get(f"{kind}_tokens_details")
+    return details if isinstance(details, dict) else {}
+
+
+def _fault(error: Any) -> Fault:
+    """Read an ``error`` value: an object in one of several shapes, or a plain string."""
+    if not isinstance(error, dict):
+        return Fault(None, "", error[:FAULT_TEXT_MAX] if isinstance(error, str) else "")
+    metadata = error.get("metadata")
+    kind = metadata.get("error_type") if isinstance(metadata, dict) else None
+    spoken = (error.get("code"), error.get("error_code"), error.get("status"), error.get("status_code"))
+    words = (error.get("code"), kind, error.get("type"), error.get("status"))
+    message = error.get("message") or error.get("msg") or error.get("status_msg") or error.get("detail") or ""
+    return Fault(
+        next((status for status in map(_status, spoken) if status is not None), None),
+        next((word for word in words if isinstance(word, str) and word and not word.isdigit()), _word(spoken)),
+        (message if isinstance(message, str) else _encode(message).decode())[:FAULT_TEXT_MAX],
+    )
+
+
+def _status(value: Any) -> int | None:
+    """Return an HTTP error status given as a number or as digits."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) == 3:
+        value = int(value)
+    return value if isinstance(value, int) and 400 <= value < 600 else None
+
+
+def _word(values: Iterable[Any]) -> str:
+    """Return the first code that is a number, as text."""
+    return next((str(value) for value in values if isinstance(value, int | str) and value), "")
+
+
+def _find_fault(value: Any) -> Fault | None:
+    """Look for an error in JSON that is no answer. Shapes: ``{"error": ...}``, a list of that, a flat error object,
+    ``{"base_resp": {"status_code": ...}}``, ``{"detail": ...}``.
+    """
+    if isinstance(value, list):
+        return _find_fault(value[0]) if value and not isinstance(value[0], list) else None
+    if not isinstance(value, dict):
+        return None
+    if value.get("error"):
+        return _fault(value["error"])
+    if value.get("object") == "error" or value.get("type") == "error" or "detail" in value:
+        return _fault(value)
+    reply = value.get("base_resp")
+    if isinstance(reply, dict) and reply.get("status_code"):
+        return _fault(reply)
+    return _fault(value) if _status(value.get("status") or value.get("code")) is not None else None
+
+
+def _read_json(data: bytes) -> Any:
+    """Decode JSON of unknown shape. Raises ``UpstreamProtocolError``."""
+    try:
+        return msgspec.json.decode(data)
+    except _JSON_ERRORS:
+        pass
+    try:
+        return msgspec.json.decode(_mended(data))
+    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
+        raise UpstreamProtocolError("not JSON") from None
+
+
+def _read_odd_chunk(data: bytes) -> _Chunk | Fault:
+    """Second look at a chunk that is not of the usual shape. Raises ``UpstreamProtocolError``."""
+    value = _read_json(data)
+    fault = _find_fault(value)
+    if fault is not None:
+        return fault
+    try:
+        return msgspec.convert(value, _Chunk)
+    except (msgspec.ValidationError, RecursionError):
+        raise UpstreamProtocolError("JSON that is no chunk of a completion") from None
+
+
+# --- answers: streams -------------------------------------------------------------------------------------------------
+
+
+class ChatDecoder:
+    """Reads one attempt's stream."""
+
+    __slots__ = ("_calls", "_ended", "_events", "_finished", "_framer", "_holding", "_raw", "_started")
+
+    def __init__(self) -> None:
+        self._framer = Framer()
+        self._calls = _Calls()
+        self._started = False
+        self._finished = False
+        self._ended = False
+        self._holding = (
+            False  # blocks are kept back: they wait for the rest of a tool call, or are a [DONE] out of turn
+        )
+        self._raw = b""  # of those blocks
+        self._events: list[Event] = []  # of those blocks
+
+    def __repr__(self) -> str:
+        state = "ENDED" if self._ended else "FINISHED" if self._finished else "STARTED" if self._started else "NEW"
+        return f"<ChatDecoder {state}, {self._calls.count} calls, {len(self._raw)} bytes held>"
+
+    def feed(self, data: bytes) -> list[Frame]:
+        return self._frames(self._framer.feed(data))
+
+    def close(self) -> list[Frame]:
+        """See ``Decoder.close``. What is torn after the finish reason (usage, a comment) is dropped."""
+        try:
+            frames = self._frames(self._framer.finish())
+        except UpstreamTruncated:
+            frames = []
+            if not self._finished:
+                raise
+        if not self._finished:
+            raise UpstreamTruncated("ended without a finish reason")
+        return frames
+
+    def _frames(self, blocks: list[Block]) -> list[Frame]:
+        frames, read = [], self._read
+        for block in blocks:
+            events = read(block) if block.data else _NO_EVENTS
+            if self._holding:
+                frames += self._hold(block.raw, events)
+            else:
+                frames.append(Frame(block.raw, events))
+        return frames
+
+    def _hold(self, raw: bytes, events: tuple[Event, ...]) -> list[Frame]:
+        """Keep a block back, or let it go with those kept before it."""
+        self._raw += raw
+        self._events += events
+        fault = bool(events) and type(events[-1]) is Fault
+        if not fault and (self._calls.waiting or (self._ended and not self._finished)):
+            if len(self._raw) > BLOCK_BYTES_MAX:
+                raise UpstreamProtocolError("a tool call that never gets its name")
+            return []
+        frame = Frame(self._raw, tuple(self._events))
+        self._raw, self._events, self._holding = b"", [], False
+        return [frame]
+
+    def _read(self, block: Block) -> tuple[Event, ...]:
+        """Return the events of a block with data. The first branch is all but a few blocks of any stream."""
+        try:
+            chunk = _decode_chunk(block.data)
+        except _JSON_ERRORS:
+            return self._read_odd(block)
+        choices = chunk.choices
+        if not choices or block.event or chunk.error is not None:
+            return self._read_bare(chunk, block)
+        choice = choices[0]
+        delta = choice.delta
+        if (
+            self._started
+            and delta is not None
+            and not delta.tool_calls
+            and choice.finish_reason is None
+            and chunk.usage is None
+            and chunk.x_groq is None
+            and not choice.index
+            and delta.function_call is None
+            and choice.error is None
+            and choice.usage is None
+        ):
+            if delta.reasoning_content is None and delta.reasoning is None and type(delta.content) is str:
+                return (TextDelta(0, delta.content),) if delta.content else _NO_EVENTS
+            events: list[Event] = []
+            _read_text(delta, events)
+            return tuple(events)
+        return self._read_choice(chunk, choices)
+
+    def _read_choice(self, chunk: _Chunk, choices: list[_Choice]) -> tuple[Event, ...]:
+        """Return the events of a chunk with choices; only the first of several answers is followed."""
+        choice = choices[0]
+        if choice.index:
+            others = [choice for choice in choices if not choice.index]
+            if not others:
+                return _NO_EVENTS
+            choice = others[0]
+        events: list[Event] = []
+        delta = choice.delta
+        if delta is not None:
+            if not self._started:
+                self._start(chunk, choice, delta, events)
+            _read_text(delta, events)
+            _read_calls(delta, self._calls, events)
+            self._holding = self._holding or self._calls.waiting
+        if choice.finish_reason or choice.error:
+            self._finish(choice, events)
+        _read_extras(chunk, choice, events)
+        return tuple(events)
+
+    def _read_odd(self, block: Block) -> tuple[Event, ...]:
+        """Return the events of a block that is no chunk of the usual shape."""
+        if block.data == DONE:
+            return self._end()
+        odd = _named_fault(block) or _read_odd_chunk(block.data)
+        if isinstance(odd, Fault):
+            return (odd,)
+        return self._read_choice(odd, odd.choices) if odd.choices else self._read_bare(odd, block)
+
+    def _end(self) -> tuple[Event, ...]:
+        if self._ended:
+            return _NO_EVENTS
+        self._ended = True
+        self._holding = self._holding or not self._finished
+        return (_END,)
+
+    def _start(self, chunk: _Chunk, choice: _Choice, delta: _Delta, events: list[Event]) -> None:
+        """Begin at the first chunk that is more than a keep-alive."""
+        if delta != _EMPTY_DELTA or choice.finish_reason:
+            self._started = True
+            events.append(Start("" if chunk.id is None else str(chunk.id), chunk.model or ""))
+
+    def _finish(self, choice: _Choice, events: list[Event]) -> None:
+        reason = choice.finish_reason or "error"
+        if choice.error or reason.lower() in _FAULT_REASONS:
+            events.append(_choice_fault(choice))
+        elif not self._finished:
+            self._finished = True
+            self._calls.settle(events)
+            events.append(_finish(reason, calls=self._calls.count > 0))
+
+    def _read_bare(self, chunk: _Chunk, block: Block) -> tuple[Event, ...]:
+        """Return the events of a chunk with a name, an error or no choices: usage, a fault, or nothing at all."""
+        fault = _named_fault(block) if block.event else None
+        if fault is not None:
+            return (fault,)
+        if chunk.choices and not chunk.error:
+            return self._read_choice(chunk, chunk.choices)
+        events: list[Event] = []
+        choice = chunk.choices[0] if chunk.choices else _NO_CHOICE
+        _read_extras(chunk, choice, events)
+        if chunk.error:
+            events.append(_fault(chunk.error))
+        elif chunk.choices is None and not events:
+            fault = _find_fault(_read_json(block.data))
+            if fault is not None:
+                events.append(fault)
+        return tuple(events)
+
+
+_NO_CHOICE: Final = _Choice()
+_EMPTY_DELTA: Final = _Delta()
+
+
+def _named_fault(block: Block) -> Fault | None:
+    """Return the fault of an ``error`` block, or of a JSON body in place of a stream."""
+    if block.event == BODY:
+        fault = _find_fault(_read_json(block.data))
+        if fault is None:
+            raise UpstreamProtocolError("a JSON body in place of a stream")
+        return fault
+    if block.event != b"error":
+        return None
+    try:
+        value = _read_json(block.data)
+    except UpstreamProtocolError:
+        value = block.data.decode("utf-8", "replace")
+    return _find_fault(value) or _fault(value)
+
+
+def _choice_fault(choice: _Choice) -> Fault:
+    if choice.error:
+        return _fault(choice.error)
+    reason = (choice.finish_reason or "").lower()
+    return Fault(_FAULT_REASONS.get(reason), reason, "")
+
+
+def _read_extras(chunk: _Chunk, choice: _Choice, events: list[Event]) -> None:
+    """Usage from wherever it is, and an early stop reported in the extension."""
+    if chunk.usage is None and choice.usage is None and chunk.x_groq is None:
+        return
+    extension = chunk.x_groq if isinstance(chunk.x_groq, dict) else {}
+    report = _read_usage(chunk.usage) or _read_usage(choice.usage) or _read_usage(extension.get("usage"))
+    if report is not None:
+        events.append(report)
+    if extension.get("error"):
+        events.append(_fault(extension["error"]))
+
+
+def _read_body(body: bytes) -> list[Event]:
+    try:
+        chunk: _Chunk | Fault = _decode_chunk(body)
+    except _JSON_ERRORS:
+        chunk = _read_odd_chunk(body)
+    if isinstance(chunk, Fault):
+        return [chunk]
+    choice = chunk.choices[0] if chunk.choices else _NO_CHOICE
+    if chunk.error or choice.error or choice.message is None:
+        fault = _fault(choice.error) if choice.error else _find_fault(_read_json(body))
+        if fault is None:
+            raise UpstreamProtocolError("JSON that is no completion")
+        return [fault]
+    if not choice.finish_reason:
+        raise UpstreamTruncated("an answer without a finish reason")
+    return _read_message(chunk, choice, choice.message, choice.finish_reason)
+
+
+def _read_message(chunk: _Chunk, choice: _Choice, message: _Delta, reason: str) -> list[Event]:
+    events: list[Event] = [Start("" if chunk.id is None else str(chunk.id), chunk.model or "")]
+    calls = _Calls()
+    _read_text(message, events)
+    _read_calls(message, calls, events)
+    calls.settle(events)
+    if reason.lower() in _FAULT_REASONS:
+        return [_choice_fault(choice)]
+    events.append(_finish(reason, calls=calls.count > 0))
+    _read_extras(chunk, choice, events)
+    events.append(_END)
+    return events
+
+
+# --- answers: out -----------------------------------------------------------------------------------------------------
+
+
+_CHUNK_TAIL: Final = b',"finish_reason":null}]}\n\n'
+
+
+class ChatEncoder:
+    """Writes one exchange's stream. Text and reasoning have one place each here, so their indexes are not written."""
+
+    __slots__ = ("_chunk", "_head", "_include_usage", "_started", "_usage")
+
+    def __init__(self, stamp: Stamp) -> None:
+        head = {"id": stamp.id, "object": "chat.completion.chunk", "created": stamp.created, "model": stamp.model}
+        self._head = b"data: " + _encode(head)[:-1]
+        self._chunk = self._head + b',"choices":[{"index":0,"delta":'
+        self._include_usage = stamp.include_usage
+        self._usage: Usage | None = None
+        self._started = False
+
+    def encode(self, event: Event) -> bytes:
+        return self._ENCODERS[type(event)](self, event)
+
+    def keepalive(self) -> bytes:
+        """An empty delta. It has no role: clients that accumulate would join one role to the next."""
+        return self._chunk + b"{}" + _CHUNK_TAIL
+
+    def error(self, failure: Failure) -> bytes:
+        """One chunk with a top-level error, as OpenRouter reports failures after the start (its docs, 2026-08)."""
+        choices = b',"choices":[{"index":0,"delta":{},"finish_reason":"error"}]'
+        return self._head + choices + b',"error":' + _encode(_error(failure)) + b"}\n\n"
+
+    def _on_start(self, _: Start) -> bytes:
+        if self._started:
+            return b""
+        self._started = True
+        return self._chunk + b'{"role":"assistant","content":""}' + _CHUNK_TAIL
+
+    def _on_text(self, event: TextDelta) -> bytes:
+        return self._chunk + b'{"content":' + _encode(event.text) + b"}" + _CHUNK_TAIL
+
+    def _on_reasoning(self, event: ReasoningDelta) -> bytes:
+        return self._chunk + b'{"reasoning_content":' + _encode(event.text) + b"}" + _CHUNK_TAIL
+
+    def _on_tool_start(self, event: ToolStart) -> bytes:
+        function = {"name": event.name, "arguments": ""}
+        return self._tool({"index": event.index, "id": event.id, "type": "function", "function": function})
+
+    def _on_tool_delta(self, event: ToolDelta) -> bytes:
+        return self._tool({"index": event.index, "function": {"arguments": event.arguments}})
+
+    def _tool(self, piece: dict[str, Any]) -> bytes:
+        return self._chunk + b'{"tool_calls":[' + _encode(piece) + b"]}" + _CHUNK_TAIL
+
+    def _on_usage(self, event: UsageReport) -> bytes:
+        self._usage = event.usage
+        return b""
+
+    def _on_finish(self, event: Finish) -> bytes:
+        return self._chunk + b'{},"finish_reason":' + _encode(event.reason) + b"}]}\n\n"
+
+    def _on_end(self, _: End) -> bytes:
+        done = b"data: " + DONE + b"\n\n"
+        if self._usage is None or not self._include_usage:
+            return done
+        usage = self._head + b',"choices":[],"usage":' + _encode(_usage(self._usage)) + b"}\n\n"
+        self._usage = None
+        return usage + done
+
+    def _on_fault(self, _: Fault) -> bytes:
+        """Evidence for the classifier, not for a client: ``error`` is what a client is told."""
+        return b""
+
+    _ENCODERS: ClassVar[dict[type, Callable[[Any, Any], bytes]]] = {
+        Start: _on_start,
+        TextDelta: _on_text,
+        ReasoningDelta: _on_reasoning,
+        ToolStart: _on_tool_start,
+        ToolDelta: _on_tool_delta,
+        UsageReport: _on_usage,
+        Finish: _on_finish,
+        End: _on_end,
+        Fault: _on_fault,
+    }
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    report = {
+        "prompt_tokens": usage.input_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+    return report if usage.cost_usd is None else report | {"cost": usage.cost_usd}
+
+
+class _Message:
+    """The message of a whole answer, folded from events."""
+
+    __slots__ = ("_calls", "_reason", "_reasoning", "_text", "_usage")
+
+    def __init__(self, events: Iterable[Event]) -> None:
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: dict[int, tuple[ToolStart, list[str]]] = {}
+        self._reason: FinishReason | None = None
+        self._usage: Usage | None = None
+        for event in events:
+            self._fold(event)
+
+    def _fold(self, event: Event) -> None:
+        match event:
+            case TextDelta():
+                self._text.append(event.text)
+            case ReasoningDelta():
+                self._reasoning.append(event.text)
+            case ToolStart():
+                self._calls[event.index] = (event, [])
+            case ToolDelta():
+                self._calls[event.index][1].append(event.arguments)
+            case Finish():
+                self._reason = event.reason
+            case UsageReport():
+                self._usage = event.usage
+            case _:
+                pass  # Start and End frame a stream; a whole answer has no place for them
+
+    def encode(self, stamp: Stamp) -> bytes:
+        completion: dict[str, Any] = {
+            "id": stamp.id,
+            "object": "chat.completion",
+            "created": stamp.created,
+            "model": stamp.model,
+            "choices": [{"index": 0, "message": self._message(), "logprobs": None, "finish_reason": self._reason}],
+        }
+        if self._usage is not None:
+            completion["usage"] = _usage(self._usage)
+        return _encode(completion)
+
+    def _message(self) -> dict[str, Any]:
+        text = "".join(self._text)
+        message: dict[str, Any] = {"role": "assistant", "content": None if self._calls and not text else text}
+        if self._reasoning:
+            message["reasoning_content"] = "".join(self._reasoning)
+        if self._calls:
+            message["tool_calls"] = [
+                {"id": start.id, "type": "function", "function": {"name": start.name, "arguments": "".join(arguments)}}
+                for start, arguments in self._calls.values()
+            ]
+        return message
+
+
+# status: (type, code). No text here may hold words that clients take for a full context window or a billing stop.
+_ERRORS: Final[dict[int, tuple[str, str]]] = {
+    400: ("invalid_request_error", "invalid_request"),
+    401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "forbidden"),
+    404: ("invalid_request_error", "model_not_found"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    500: ("server_error", "internal_error"),
+    502: ("server_error", "bad_gateway"),
+    503: ("server_error", "overloaded"),
+    504: ("server_error", "timeout"),
+}
+# An upstream's own status is not the client's: its 401 is about our key.
+_STATUSES: Final[dict[Outcome, int]] = {
+    Outcome.RATE_LIMITED: 429,
+    Outcome.EXHAUSTED: 429,
+    Outcome.STALLED: 504,
+    Outcome.TRUNCATED: 502,
+    Outcome.IN_BAND_ERROR: 502,
+    Outcome.MALFORMED: 502,
+    Outcome.UNSUPPORTED: 400,
+    Outcome.CLIENT_ERROR: 400,
+}
+
+
+def _error(failure: Failure) -> dict[str, Any]:
+    upstream = failure.side is Side.UPSTREAM
+    status = None if upstream else failure.status
+    status = status or _STATUSES.get(failure.outcome, 503)
+    kind, code = _ERRORS.get(status) or _ERRORS[400 if status < 500 else 500]
+    return {
+        "message": failure.detail,
+        "type": kind,
+        "param": None,
+        "code": code if upstream else failure.code or code,
+    }
+
+
+# --- requests: read ---------------------------------------------------------------------------------------------------
+
+
+class _Turn(msgspec.Struct, gc=False):
+    role: str | None = None
+    content: msgspec.Raw = msgspec.Raw()
+
+
+class _StreamOptions(msgspec.Struct, gc=False):
+    include_usage: bool | None = None
+
+
+class _Request(msgspec.Struct, gc=False):
+    model: str | None = None
+    messages: list[_Turn] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    tools: msgspec.Raw = msgspec.Raw()
+    functions: msgspec.Raw = msgspec.Raw()
+
+
+_decode_request: Final = msgspec.json.Decoder(_Request).decode
+_LIST_START: Final = ord("[")
+_IMAGE_KEY: Final = re.compile(rb'(?<!\\)"image_url"\s*:')
+_DATA_URL: Final = re.compile(rb'"data:[^"]*"')
+
+
+def _read_request(body: bytes) -> _Request:
+    try:
+        return _decode_request(body)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"a field of the request has the wrong type: {error}") from None
+    except _JSON_ERRORS:
+        pass
+    try:
+        return _decode_request(_mended(body))
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"a field of the request has the wrong type: {error}") from None
+    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
+        raise BadRequest('the body is not JSON: send one object with "model" and "messages"') from None
+
+
+def _is_filled(array: msgspec.Raw) -> bool:
+    return len(array) > 4 or (len(array) > 0 and bytes(array).strip(b"[] \t\r\n") not in (b"", b"null"))
+
+
+def _conversation(turns: list[_Turn]) -> int:
+    """Hash what stays the same through all turns: everything up to the first user message.
+
+    A checksum and a length, not a digest: it says which prompt cache may be warm and guards nothing, and a digest of a
+    long system prompt would cost more than all the rest of reading the request.
+    """
+    checksum = length = 0
+    for turn in turns[:CONVERSATION_MESSAGES_MAX]:
+        checksum = zlib.crc32(turn.content, checksum)
+        length += len(turn.content)
+        if turn.role == "user":
+            break
+    return length << 32 | checksum
+
+
+def _images(turns: list[_Turn]) -> tuple[int, int]:
+    """Return how many images there are, and how many bytes they take up as data in the request."""
+    count = size = 0
+    for turn in turns:
+        content = turn.content
+        if content and memoryview(content)[0] == _LIST_START:
+            text = bytes(content)
+            if b'"image_url"' in text:
+                count += len(_IMAGE_KEY.findall(text))
+                size += sum(map(len, _DATA_URL.findall(text)))
+    return count, size
+
+
+# --- requests: patched ------------------------------------------------------------------------------------------------
+
+_TRUE: Final = msgspec.Raw(b"true")
+_FALSE: Final = msgspec.Raw(b"false")
+_NULL: Final = msgspec.Raw(b"null")
+_EMPTY_STRING: Final = msgspec.Raw(b'""')
+_EMPTY_ARGUMENTS: Final = msgspec.Raw(b'"{}"')
+_BLANK_REASONING: Final = msgspec.Raw(b'" "')  # an empty string is refused like a missing one
+_SYSTEM: Final = msgspec.Raw(b'"system"')
+_USAGE_WANTED: Final = msgspec.Raw(b'{"include_usage":true}')
+_OUTPUT_FIELDS: Final = ("max_completion_tokens", "max_tokens")  # the first stands if both are sent
+_REASONING_FIELDS: Final = ("reasoning_content", "reasoning", "reasoning_details")
+
+
+def _read_fields(body: bytes) -> _Fields:
+    try:
+        return _decode_fields(body)
+    except _JSON_ERRORS:
+        return _decode_fields(_mended(body))
+
+
+def _patch_stream(fields: _Fields, head: Head, fix: Fix) -> None:
+    if (bytes(fields.get("stream", _FALSE)) == b"true") != head.stream:
+        fields["stream"] = _TRUE if head.stream else _FALSE
+    if not head.stream or not fix.stream_usage:
+        fields.pop("stream_options", None)
+        return
+    options = bytes(fields.get("stream_options", _NULL))
+    if b'"' not in options:
+        fields["stream_options"] = _USAGE_WANTED
+    else:
+        fields["stream_options"] = msgspec.Raw(_encode(_decode_fields(options) | {"include_usage": _TRUE}))
+
+
+def _patch_output(fields: _Fields, upstream: Upstream) -> None:
+    """Clamp the output to what the model can give, under the name it knows. Nothing asked for stays nothing."""
+    found = [name for name in _OUTPUT_FIELDS if bytes(fields.get(name, _NULL)) != b"null"]
+    if not found:
+        return
+    tokens = int(bytes(fields[found[0]]))
+    if upstream.max_output_tokens is not None:
+        tokens = min(tokens, upstream.max_output_tokens)
+    for name in _OUTPUT_FIELDS:
+        fields.pop(name, None)
+    fields[upstream.fix.max_tokens_field or found[0]] = msgspec.Raw(b"%d" % tokens)
+
+
+def _patch_options(fields: _Fields, head: Head, fix: Fix) -> None:
+    if not fix.temperature:
+        fields.pop("temperature", None)
+    if not fix.parallel_tool_calls and head.tools:
+        fields["parallel_tool_calls"] = _FALSE
+    if fix.tool_choice_required != "required" and bytes(fields.get("tool_choice", _NULL)) == b'"required"':
+        fields["tool_choice"] = msgspec.Raw(_encode(fix.tool_choice_required))
+
+
+class _Named(msgspec.Struct, gc=False):
+    name: Any = None
+
+
+class _Tool(msgspec.Struct, gc=False):
+    function: _Named | None = None
+
+
+_decode_tools: Final = msgspec.json.Decoder(list[_Tool]).decode
+_decode_list: Final = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_objects: Final = msgspec.json.Decoder(list[_Fields]).decode
+
+
+def _patch_tools(fields: _Fields, head: Head, fix: Fix) -> None:
+    if not fix.unique_tool_names or not head.tools or "tools" not in fields:
+        return
+    try:
+        tools = _decode_tools(fields["tools"])
+    except msgspec.ValidationError:
+        return  # no list of tools: the upstream will say so better
+    first = {tool.function.name: place for place, tool in reversed([*enumerate(tools)]) if tool.function is not None}
+    kept = [
+        raw
+        for place, (tool, raw) in enumerate(zip(tools, _decode_list(fields["tools"]), strict=True))
+        if tool.function is None or first[tool.function.name] == place
+    ]
+    if len(kept) < len(tools):
+        fields["tools"] = msgspec.Raw(_encode(kept))
+
+
+def _is_role(message: _Fields, role: bytes) -> bool:
+    return bytes(message.get("role", _NULL)) == role
+
+
+def _is_empty(message: _Fields, name: str) -> bool:
+    return bytes(message.get(name, _NULL)) in (b"null", b'""')
+
+
+def _no_developer(message: _Fields) -> bool:
+    if not _is_role(message, b'"developer"'):
+        return False
+    message["role"] = _SYSTEM
+    return True
+
+
+def _tool_content_as_string(message: _Fields) -> bool:
+    if not _is_role(message, b'"tool"'):
+        return False
+    content = bytes(message.get("content", _NULL))
+    if content.startswith(b'"'):
+        return False
+    message["content"] = _EMPTY_STRING if content == b"null" else msgspec.Raw(_encode(_joined_parts(content)))
+    return True
+
+
+def _joined_parts(content: bytes) -> str:
+    """Return the text of a list of parts; a part without text leaves its type, so that the model knows of it."""
+    try:
+        parts = msgspec.json.decode(content, type=list[_Part])
+    except msgspec.ValidationError:
+        return content.decode("utf-8", "replace")
+    return "".join(part.text if part.text is not None else f"[{part.type}]" for part in parts)
+
+
+def _no_null_content(message: _Fields) -> bool:
+    if not _is_role(message, b'"assistant"') or bytes(message.get("content", _NULL)) != b"null":
+        return False
+    message["content"] = _EMPTY_STRING
+    return True
+
+
+def _no_reasoning(message: _Fields) -> bool:
+    if not _is_role(message, b'"assistant"'):
+        return False
+    return any([message.pop(name, None) is not None for name in _REASONING_FIELDS])  # noqa: C419 - all must go
+
+
+def _padded_reasoning(message: _Fields) -> bool:
+    if not _is_role(message, b'"assistant"') or "tool_calls" not in message:
+        return False
+    if not _is_empty(message, "reasoning_content") or bytes(message["tool_calls"]) in (b"null", b"[]"):
+        return False
+    other = message.get("reasoning", _NULL)  # the same text under its other name
+    known = bytes(other).startswith(b'"') and not _is_empty(message, "reasoning")
+    message["reasoning_content"] = other if known else _BLANK_REASONING
+    return True
+
+
+def _rewritten_calls(rewrite: Callable[[_Fields], bool]) -> Callable[[_Fields], bool]:
+    """Return a rewrite of a message that applies ``rewrite`` to each of its tool calls."""
+
+    def rewritten(message: _Fields) -> bool:
+        if bytes(message.get("tool_calls", _NULL)) == b"null":
+            return False
+        try:
+            calls = _decode_objects(message["tool_calls"])
+        except msgspec.ValidationError:
+            return False
+        changed = [rewrite(call) for call in calls]
+        if any(changed):
+            message["tool_calls"] = msgspec.Raw(_encode(calls))
+        return any(changed)
+
+    return rewritten
+
+
+def _no_extra_content(call: _Fields) -> bool:
+    return call.pop("extra_content", None) is not None
+
+
+def _strict_arguments(call: _Fields) -> bool:
+    try:
+        function = _decode_fields(call.get("function", _NULL))
+    except msgspec.ValidationError:
+        return False
+    arguments = bytes(function.get("arguments", _EMPTY_STRING))
+    if arguments.startswith(b'"'):
+        if _is_object(msgspec.json.decode(arguments, type=str)):
+            return False
+        function["arguments"] = _EMPTY_ARGUMENTS
+    elif arguments.startswith(b"{"):
+        function["arguments"] = msgspec.Raw(_encode(arguments.decode("utf-8", "replace")))
+    else:
+        function["arguments"] = _EMPTY_ARGUMENTS
+    call["function"] = msgspec.Raw(_encode(function))
+    return True
+
+
+def _is_object(text: str) -> bool:
+    try:
+        _decode_fields(text)
+    except _JSON_ERRORS:
+        try:
+            return isinstance(json.loads(text), dict)
+        except (ValueError, RecursionError):
+            return False
+    return True
+
+
+# (the fix asks for it, bytes without which it cannot apply, the rewrite: True if it changed the message)
+_REWRITES: Final[tuple[tuple[Callable[[Fix], bool], bytes, Callable[[_Fields], bool]], ...]] = (
+    (lambda fix: not fix.developer_role, b'"developer"', _no_developer),
+    (lambda fix: fix.string_tool_content, b'"tool"', _tool_content_as_string),
+    (lambda fix: not fix.null_content, b'"assistant"', _no_null_content),
+    (lambda fix: fix.strict_arguments, b'"tool_calls"', _rewritten_calls(_strict_arguments)),
+    (lambda fix: not fix.thought_signatures, b'"extra_content"', _rewritten_calls(_no_extra_content)),
+    (lambda fix: fix.reasoning_content == "reject", b'"reasoning', _no_reasoning),
+    (lambda fix: fix.reasoning_content == "require", b'"tool_calls"', _padded_reasoning),
+)
+
+
+def _patch_messages(fields: _Fields, fix: Fix) -> None:
+    wanted = [(needle, rewrite) for asks, needle, rewrite in _REWRITES if asks(fix)]
+    if not wanted or "messages" not in fields:
+        return
+    text = bytes(fields["messages"])
+    rewrites = [rewrite for needle, rewrite in wanted if needle in text]
+    if not rewrites:
+        return
+    try:
+        messages = _decode_objects(text)
+    except msgspec.ValidationError:
+        return  # no list of messages: the upstream will say so better
+    changed = [rewrite(message) for message in messages for rewrite in rewrites]
+    if any(changed):
+        fields["messages"] = msgspec.Raw(_encode(messages))
+
+
+# --- the dialect ------------------------------------------------------------------------------------------------------
+
+
+class ChatDialect:
+    """``POST /v1/chat/completions``."""
+
+    name = "chat"
+    paths = ("/v1/chat/completions",)
+    upstream_path = "/chat/completions"
+
+    def read_head(self, body: bytes) -> Head:
+        request = _read_request(body)
+        if not request.model:
+            raise BadRequest('"model" is missing: name a route or a model that GET /v1/models lists')
+        if not request.messages:
+            raise BadRequest('"messages" is missing or empty: send at least one message')
+        images, image_bytes = _images(request.messages)
+        options = request.stream_options
+        return Head(
+            model=request.model,
+            stream=request.stream is True,
+            tools=_is_filled(request.tools) or _is_filled(request.functions),
+            images=images > 0,
+            include_usage=options is not None and options.include_usage is True,
+            max_output_tokens=request.max_completion_tokens or request.max_tokens,
+            prompt_tokens=(len(body) - image_bytes) // BYTES_PER_TOKEN + images * IMAGE_TOKENS,
+            conversation=_conversation(request.messages),
+        )
+
+    def patch_request(self, body: bytes, head: Head, upstream: Upstream) -> bytes:
+        fields, fix = _read_fields(body), upstream.fix
+        fields["model"] = msgspec.Raw(_encode(upstream.wire_model))
+        _patch_stream(fields, head, fix)
+        _patch_output(fields, upstream)
+        _patch_options(fields, head, fix)
+        _patch_tools(fields, head, fix)
+        _patch_messages(fields, fix)
+        for name in fix.rejected_fields:
+            fields.pop(name, None)
+        return _encode(fields)
+
+    def decoder(self) -> ChatDecoder:
+        return ChatDecoder()
+
+    def encoder(self, stamp: Stamp) -> ChatEncoder:
+        return ChatEncoder(stamp)
+
+    def decode_body(self, body: bytes) -> list[Event]:
+        return _read_body(body)
+
+    def encode_body(self, events: Iterable[Event], stamp: Stamp) -> bytes:
+        return _Message(events).encode(stamp)
+
+    def encode_error(self, failure: Failure) -> bytes:
+        return _encode({"error": _error(failure)})
+
+
+DIALECT: Final = ChatDialect()

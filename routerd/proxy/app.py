@@ -1,0 +1,187 @@
+"""The HTTP face: paths, admission, and the small answers. Whatever needs an upstream goes to an ``Exchange``.
+
+Paths are a table. Anything not in it is a 404 in JSON at once: Hermes probes half a dozen foreign endpoints at start,
+and a friendly answer to any of them would make it take this for another kind of server.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+
+import orjson
+from aiohttp import web
+
+from routerd.canonical import BadRequest, Failure, Outcome, Side
+from routerd.config import Config
+from routerd.dialects import DIALECTS, Dialect
+from routerd.proxy.exchange import Arrival, Exchange
+from routerd.proxy.guard import Guard
+from routerd.proxy.models import model_cards
+from routerd.proxy.pool import Pool
+from routerd.telemetry import OTHER, ExchangeRecord, Telemetry
+
+JSON_TYPE = "application/json"
+NEAR_NAMES_MAX = 5
+OPEN_EXCHANGES_MAX = 8192  # at once; far above any agent host's, and within what one process holds in memory
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class App:
+    """Everything a request can reach. ``pool`` is replaced as a whole when the config is reloaded."""
+
+    def __init__(self, config: Config, pool: Pool, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._ids = _id_source()
+        self._open = 0
+        self.adopt(config, pool)
+
+    def adopt(self, config: Config, pool: Pool) -> None:
+        """Take up a config and its pool. Exchanges already open keep the ones they began with."""
+        self.config = config
+        self.pool = pool
+        self._guard = Guard(config.server.tokens, config.server.hosts)
+        self._cards = model_cards(config)
+
+    def build(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application(client_max_size=self.config.server.max_body_bytes)
+        for dialect in DIALECTS.values():
+            for path in dialect.paths:
+                app.router.add_post(path, self._exchange_handler(dialect))
+        for path, handler in self._small_answers().items():
+            app.router.add_get(path, handler)
+        app.router.add_route("*", "/{path:.*}", self._not_found)
+        return app
+
+    def _small_answers(self) -> dict[str, Handler]:
+        return {
+            "/v1/models": self._models,
+            "/v1/models/{id:.+}": self._model,
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/metrics": self._metrics,
+        }
+
+    # --- exchanges --------------------------------------------------------------------------------------------------
+
+    def _exchange_handler(self, dialect: Dialect) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            arrived = time.monotonic()
+            failure = self._guard.check(request) or self._full()
+            if failure is not None:
+                return self._refuse(dialect, failure, arrived)
+            self._open += 1
+            try:
+                arrival = await self._accept(request, dialect, arrived)
+                exchange = Exchange(arrival, self.pool, self._telemetry)
+                await exchange.run()
+                return exchange.downstream.response
+            except BadRequest as error:
+                return self._refuse(dialect, error.failure, arrived)
+            finally:
+                self._open -= 1
+
+        return handle
+
+    async def _accept(self, request: web.Request, dialect: Dialect, arrived: float) -> Arrival:
+        """Steps one and two: what is asked, and of which route. Raises BadRequest."""
+        try:
+            body = await request.read()
+        except web.HTTPRequestEntityTooLarge as error:
+            limit = self.config.server.max_body_bytes
+            detail = f"the request body is larger than server.max_body ({limit} bytes)"
+            raise BadRequest(detail, status=413, code="request_too_large") from error
+        head = dialect.read_head(body)
+        route = self.pool.route(head.model)
+        if route is None:
+            raise BadRequest(self._unknown_model(head.model), status=404, code="model_not_found")
+        return Arrival(request, dialect, body, head, route, next(self._ids), arrived)
+
+    def _unknown_model(self, name: str) -> str:
+        near = ", ".join(self.config.near(name)[:NEAR_NAMES_MAX])
+        hint = f"; near it: {near}" if near else "; GET /v1/models lists what is offered"
+        return f"the model {name[:100]!r} is not offered here{hint}"
+
+    def _full(self) -> Failure | None:
+        if self._open < OPEN_EXCHANGES_MAX:
+            return None
+        detail = f"more than {OPEN_EXCHANGES_MAX} requests are open"
+        return Failure(Outcome.UNAVAILABLE, Side.ROUTER, detail, status=503, code="overloaded", retry_after_s=1.0)
+
+    def _refuse(self, dialect: Dialect, failure: Failure, arrived: float) -> web.Response:
+        """An answer for what never became an exchange; counted and logged all the same."""
+        status = failure.status or 400
+        record = ExchangeRecord(next(self._ids), OTHER, dialect.name, stream=False, outcome=failure.outcome)
+        record.status, record.detail = status, failure.code
+        record.duration_s = time.monotonic() - arrived
+        self._telemetry.exchange(record)
+        headers = {"x-routerd-exchange": record.id}
+        if failure.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, round(failure.retry_after_s)))
+        return web.Response(body=dialect.encode_error(failure), status=status, content_type=JSON_TYPE, headers=headers)
+
+    # --- small answers ----------------------------------------------------------------------------------------------
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return self._guarded(request) or _json({"object": "list", "data": list(self._cards.values())})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        refused = self._guarded(request)
+        if refused is not None:
+            return refused
+        card = self._cards.get(request.match_info["id"])
+        return (
+            _error(404, "model_not_found", "no such model; GET /v1/models lists them") if card is None else _json(card)
+        )
+
+    async def _healthz(self, _request: web.Request) -> web.Response:
+        return _json({"status": "ok"})
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        refused = self._guarded(request, open_on_loopback=True)
+        if refused is not None:
+            return refused
+        reasons = self.pool.unready(time.monotonic(), time.time())
+        if reasons:
+            return _json({"status": "unavailable", "upstreams": reasons}, status=503)
+        return _json({"status": "ok"})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        refused = self._guarded(request, open_on_loopback=True)
+        if refused is not None:
+            return refused
+        body, content_type = self._telemetry.render(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+    def _guarded(self, request: web.Request, *, open_on_loopback: bool = False) -> web.Response | None:
+        failure = self._guard.check(request, open_on_loopback=open_on_loopback)
+        if failure is None:
+            return None
+        return _error(failure.status or 403, failure.code, failure.detail)
+
+    async def _not_found(self, request: web.Request) -> web.Response:
+        return _error(404, "not_found", f"nothing is served at {request.method} {request.path[:200]}")
+
+
+def _json(value: object, *, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(value), status=status, content_type=JSON_TYPE)
+
+
+def _error(status: int, code: str, detail: str) -> web.Response:
+    body = {"error": {"message": detail, "type": "invalid_request_error", "param": None, "code": code}}
+    return _json(body, status=status)
+
+
+class _id_source:  # noqa: N801 - used like a generator
+    """Exchange ids: a random start per process and a count, unique across restarts without a system call each."""
+
+    def __init__(self) -> None:
+        self._prefix = f"chatcmpl-rd{secrets.token_hex(5)}"
+        self._count = 0
+
+    def __next__(self) -> str:
+        self._count += 1
+        return f"{self._prefix}{self._count:06x}"

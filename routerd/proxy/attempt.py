@@ -1,0 +1,205 @@
+"""One upstream call: send, read under a watchdog, and say how it ended.
+
+The watchdog is one ``asyncio.timeout`` that is moved, never rebuilt: first to the first-token limit (which covers
+connecting and the headers), then to the stall limit after every read that carried content, then to a short grace after
+the model's own finish, when only usage and the terminal marker are due. What a time-out means follows from where the
+attempt stood. ``_failure_of`` is the only place where exceptions become outcomes; ``CancelledError`` passes by it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+
+from routerd.canonical import Failure, Frame, Outcome, Side, UpstreamProtocolError, UpstreamTruncated, UsageReport
+from routerd.dialects import Dialect
+from routerd.policy.transcript import BadAnswer, Gate, InBandFault
+from routerd.proxy.client import ConnectFailed, ConnectionTorn, Reply
+from routerd.proxy.downstream import GONE, ClientGone, Downstream
+from routerd.proxy.pool import Pool, Ticket
+
+ERROR_BODY_BYTES_MAX = 64 * 1024  # of an upstream's error only this much is read
+ANSWER_BYTES_MAX = 64 * 1024 * 1024  # of a whole answer
+TAIL_GRACE_S = 5.0  # after the model's finish, for usage and the terminal marker
+RELEASE_GRACE_S = 1.0  # after the terminal marker, for the end of the HTTP body
+
+
+class Phase(enum.Enum):
+    """Where an attempt stands."""
+
+    WAITING = "waiting"  # nothing of content yet
+    ANSWERING = "answering"
+    FINISHING = "finishing"  # the model has said why it ended: the answer is whole
+
+
+_TIMEOUTS = {
+    Phase.WAITING: Failure(Outcome.UNAVAILABLE, Side.UPSTREAM, "no content in time", code="first_token_timeout"),
+    Phase.ANSWERING: Failure(Outcome.STALLED, Side.UPSTREAM, "silent in the middle of an answer", code="stall"),
+    Phase.FINISHING: GONE,  # by then only the client is waited for
+}
+_TORN = {
+    Phase.WAITING: Failure(
+        Outcome.UNAVAILABLE, Side.UPSTREAM, "connection lost before content", code="connection_lost"
+    ),
+    Phase.ANSWERING: Failure(Outcome.TRUNCATED, Side.UPSTREAM, "connection lost in mid-answer", code="connection_lost"),
+    Phase.FINISHING: Failure(Outcome.TRUNCATED, Side.UPSTREAM, "connection lost at the end", code="connection_lost"),
+}
+_ERRORS = (
+    TimeoutError,
+    ConnectFailed,
+    ConnectionTorn,
+    UpstreamProtocolError,
+    BadAnswer,
+    InBandFault,
+    ClientGone,
+)
+
+
+class Attempt:
+    """One try of an exchange at one upstream."""
+
+    __slots__ = (
+        "_dialect",
+        "_downstream",
+        "_hide_usage",
+        "_pool",
+        "_reply",
+        "answer",
+        "chunks",
+        "gate",
+        "phase",
+        "ticket",
+    )
+
+    def __init__(
+        self, pool: Pool, ticket: Ticket, dialect: Dialect, downstream: Downstream, *, whole: bool, hide_usage: bool
+    ) -> None:
+        self.ticket = ticket
+        self.gate = Gate(whole=whole)
+        self.phase = Phase.WAITING
+        self.chunks = 0
+        self.answer = b""  # of a request that does not stream
+        self._pool = pool
+        self._dialect = dialect
+        self._downstream = downstream
+        self._hide_usage = hide_usage  # the upstream was asked for a usage chunk that the client did not want
+        self._reply: Reply | None = None
+
+    async def run(self, body: bytes, *, stream: bool) -> Failure | None:
+        """None when the whole answer is delivered (or, not streaming, in ``answer``). Cancellation passes."""
+        limits = self.ticket.limits
+        try:
+            async with asyncio.timeout(limits.first_token_s if stream else limits.answer_s) as watchdog:
+                return await self._call(body, stream=stream, watchdog=watchdog)
+        except _ERRORS as error:
+            if self.phase is not Phase.FINISHING or isinstance(error, ClientGone) or self._downstream.blocked:
+                return self._failure_of(error)
+        return await self._conclude()
+
+    async def _call(self, body: bytes, *, stream: bool, watchdog: asyncio.Timeout) -> Failure | None:
+        self._reply = reply = await self._pool.post(self.ticket, body)
+        if reply.status != 200:
+            error_body = await reply.read_all(ERROR_BODY_BYTES_MAX)
+            return self._pool.judge(self.ticket, reply.status, reply.headers, error_body)
+        self._pool.note_headers(self.ticket, reply.headers)
+        if stream:
+            await self._relay(reply, watchdog)
+        else:
+            await self._read_answer(reply)
+        return None
+
+    # --- streams ----------------------------------------------------------------------------------------------------
+
+    async def _relay(self, reply: Reply, watchdog: asyncio.Timeout) -> None:
+        feed, gate = self._dialect.decoder(), self.gate
+        self._downstream.begin_attempt()
+        while data := await reply.read():
+            frames = gate.admit(feed.feed(data))
+            if gate.progress:
+                self._progress(watchdog)
+            if frames:
+                await self._send(frames)
+            if gate.ended:
+                break
+        else:
+            await self._send(gate.admit(feed.close()))
+        await self._finish()
+
+    def _progress(self, watchdog: asyncio.Timeout) -> None:
+        now = asyncio.get_running_loop().time()  # the watchdog's clock; coarser than the pool's
+        self.chunks += 1
+        if self.phase is Phase.WAITING:
+            self.phase = Phase.ANSWERING
+            self._pool.first_token(self.ticket, time.monotonic())
+        if self.gate.finished is not None:
+            self.phase = Phase.FINISHING
+            watchdog.reschedule(now + TAIL_GRACE_S)
+        else:
+            watchdog.reschedule(now + self.ticket.limits.stall_s)
+
+    async def _send(self, frames: list[Frame]) -> None:
+        if self._hide_usage:
+            frames = [frame for frame in frames if not _only_usage(frame)]
+        if frames:
+            await self._downstream.send(frames)
+
+    async def _conclude(self) -> Failure | None:
+        """The model had finished when the upstream fell silent or broke off: the answer is whole all the same."""
+        try:
+            async with asyncio.timeout(self.ticket.limits.stall_s):
+                await self._finish()
+        except _ERRORS as error:
+            return self._failure_of(error)
+        return None
+
+    async def _finish(self) -> None:
+        await self._send(self.gate.close())
+        if not self.gate.ended:
+            await self._downstream.send_end_marker()
+
+    # --- whole answers ----------------------------------------------------------------------------------------------
+
+    async def _read_answer(self, reply: Reply) -> None:
+        answer = await reply.read_all(ANSWER_BYTES_MAX)
+        self.gate.admit([Frame(answer, tuple(self._dialect.decode_body(answer)))])
+        if self.gate.finished is None:
+            raise UpstreamTruncated("an answer without a finish")
+        self.phase = Phase.FINISHING
+        self.gate.ended = True
+        self.answer = answer
+
+    # --- endings ----------------------------------------------------------------------------------------------------
+
+    def _failure_of(self, error: Exception) -> Failure:
+        """The one map from exceptions to outcomes."""
+        match error:
+            case ClientGone():
+                return GONE
+            case TimeoutError():
+                return GONE if self._downstream.blocked else _TIMEOUTS[self.phase]
+            case ConnectFailed():
+                detail = "cannot connect"
+                return Failure(Outcome.UNAVAILABLE, Side.UPSTREAM, detail, code="connect", account_wide=True)
+            case ConnectionTorn():
+                return _TORN[self.phase]
+            case InBandFault():
+                return self._pool.judge_fault(self.ticket, error.fault)
+            case BadAnswer():
+                return Failure(Outcome.MALFORMED, Side.UPSTREAM, "an answer that cannot be used", code=error.code)
+            case UpstreamTruncated():
+                return Failure(Outcome.TRUNCATED, Side.UPSTREAM, "ended before the answer was whole", code="truncated")
+        return Failure(Outcome.MALFORMED, Side.UPSTREAM, "an answer in no known form", code="protocol")
+
+    async def close(self, *, whole: bool) -> None:
+        """Give the connection back if the answer was read to its end, else close it. Never raises."""
+        reply, self._reply = self._reply, None
+        if reply is None:
+            return
+        if whole and not reply.ended:
+            await reply.release(RELEASE_GRACE_S)
+        reply.abort()
+
+
+def _only_usage(frame: Frame) -> bool:
+    return len(frame.events) == 1 and type(frame.events[0]) is UsageReport

@@ -1,0 +1,223 @@
+"""The client's side of one exchange: status, frames, keep-alives and honest endings.
+
+Rules
+-----
+* The status goes out as late as possible: with the first frame that may go, or, for a stream, with the first
+  keep-alive. Until then a failure can still be a proper HTTP error.
+* One write per batch of frames. A keep-alive is written only between writes, so it can never tear a frame.
+* Once the status is out, a failure is an error in the client's own protocol followed by a torn connection. Nothing that
+  looks like a proper end is ever sent for an answer that is not whole.
+* Writing to a client that does not read blocks after ``WRITE_BUFFER_BYTES``; the caller's time limit ends that, and
+  ``blocked`` tells it that the client, not the upstream, was the slow one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from aiohttp import web
+
+from routerd.canonical import End, Event, Failure, Frame, Outcome, Side, Start
+from routerd.dialects import Dialect, Encoder, Stamp
+from routerd.policy.transcript import Transcript
+
+STREAM_TYPE = "text/event-stream"
+SERVER = "routerd"  # without this aiohttp names itself and its version
+KEEPALIVE_WRITE_S = 10.0  # a client that takes no keep-alive for this long is left to the exchange's own limits
+
+
+class ClientGone(Exception):
+    """The client hung up, or stopped reading for too long."""
+
+
+GONE = Failure(Outcome.CANCELLED, Side.CLIENT, "the client hung up")
+
+
+class Downstream:
+    """One client being answered."""
+
+    __slots__ = (
+        "_clock",
+        "_dialect",
+        "_encoder",
+        "_headers",
+        "_keepalive",
+        "_keepalive_s",
+        "_last_write",
+        "_raw",
+        "_request",
+        "_response",
+        "_stamp",
+        "_timer",
+        "blocked",
+        "first_content_at",
+        "status",
+        "transcript",
+    )
+
+    def __init__(
+        self,
+        request: web.Request,
+        dialect: Dialect,
+        stamp: Stamp,
+        *,
+        keepalive_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._request = request
+        self._dialect = dialect
+        self._stamp = stamp
+        self._keepalive_s = keepalive_s
+        self._clock = clock
+        self._response: web.StreamResponse | None = None
+        self._encoder: Encoder | None = None
+        self._raw = True  # frames go on as they came; after a change of upstream in mid-answer they are encoded anew
+        self._headers: dict[str, str] = {"Server": SERVER}
+        self._last_write = clock()
+        self._timer: asyncio.TimerHandle | None = None
+        self._keepalive: asyncio.Task[None] | None = None
+        self.transcript = Transcript()
+        self.blocked = False
+        self.status = 0
+        self.first_content_at: float | None = None
+
+    def describe(self, headers: Mapping[str, str]) -> None:
+        """Headers for the answer, as far as they are known before its status goes out."""
+        if self._response is None:
+            self._headers.update(headers)
+
+    @property
+    def response(self) -> web.StreamResponse:
+        """What aiohttp's handler returns. An exchange that never answered has lost its client: nobody sees this one."""
+        return self._response or web.Response(status=499)
+
+    # --- streams ----------------------------------------------------------------------------------------------------
+
+    def begin_attempt(self) -> None:
+        """A new upstream's frames follow. If anything of another's was sent, these must be encoded to fit."""
+        self._raw = not self.transcript.begun
+
+    async def send(self, frames: list[Frame]) -> None:
+        """Send whole frames in one write. Raises ``ClientGone``."""
+        data = b"".join([frame.raw for frame in frames]) if self._raw else self._encode(frames)
+        had_content = self.first_content_at is not None
+        for frame in frames:
+            self.transcript.fold(frame.events)
+        if not had_content and self.transcript.begun:
+            self.first_content_at = self._clock()
+        if data:
+            await self._write(data)
+
+    def _encode(self, frames: list[Frame]) -> bytes:
+        encode = self._require_encoder().encode
+        return b"".join([encode(event) for frame in frames for event in self._fitting(frame)])
+
+    def _fitting(self, frame: Frame) -> tuple[Event, ...]:
+        """A second start would make accumulating clients repeat the role; the first one stands."""
+        if self.transcript.start is None:
+            return frame.events
+        return tuple(event for event in frame.events if type(event) is not Start)
+
+    def _require_encoder(self) -> Encoder:
+        if self._encoder is None:
+            self._encoder = self._dialect.encoder(self._stamp)
+        return self._encoder
+
+    async def send_end_marker(self) -> None:
+        """The terminal marker, where a whole answer came without one."""
+        await self._write(self._require_encoder().encode(End()))
+
+    async def _write(self, data: bytes) -> None:
+        response = self._response or await self._open()
+        self._last_write = self._clock()
+        self.blocked = True
+        try:
+            await response.write(data)
+        except ConnectionError as error:
+            raise ClientGone from error
+        self.blocked = False
+
+    async def _open(self) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": STREAM_TYPE, "Cache-Control": "no-cache"})
+        response.headers.update(self._headers)
+        self._response = response
+        self.status = response.status
+        try:
+            await response.prepare(self._request)
+        except ConnectionError as error:
+            raise ClientGone from error
+        return response
+
+    async def end(self) -> None:
+        """The answer is whole and all of it is sent."""
+        self.stop_keepalive()
+        response = self._response or await self._open()
+        try:
+            await response.write_eof()
+        except ConnectionError as error:
+            raise ClientGone from error
+
+    # --- keep-alives ------------------------------------------------------------------------------------------------
+
+    def start_keepalive(self) -> None:
+        """From now on never be silent for longer than ``keepalive_s``."""
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._keepalive_s, self._on_silence)
+
+    def _on_silence(self) -> None:
+        """One lazy timer per exchange: it looks when it fires, so that a write costs it nothing."""
+        quiet_s = self._clock() - self._last_write
+        due_s = self._keepalive_s - quiet_s
+        if due_s <= 0:
+            due_s = self._keepalive_s
+            if not self.blocked:
+                self._keepalive = asyncio.ensure_future(self._write_keepalive())
+        self._timer = asyncio.get_running_loop().call_later(due_s, self._on_silence)
+
+    async def _write_keepalive(self) -> None:
+        try:
+            async with asyncio.timeout(KEEPALIVE_WRITE_S):
+                await self._write(self._require_encoder().keepalive())
+        except (ClientGone, TimeoutError):
+            pass  # the exchange's own write, or aiohttp's cancellation, reports a lost client
+
+    def stop_keepalive(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._keepalive is not None:
+            self._keepalive.cancel()
+            self._keepalive = None
+
+    # --- whole answers and failures ---------------------------------------------------------------------------------
+
+    async def send_body(self, body: bytes, *, status: int = 200) -> None:
+        """A whole JSON answer."""
+        self.stop_keepalive()
+        self.status = status
+        response = web.Response(body=body, status=status, content_type="application/json", headers=self._headers)
+        self._response = response
+        try:
+            await response.prepare(self._request)
+            await response.write_eof()
+        except ConnectionError as error:
+            raise ClientGone from error
+
+    async def fail(self, failure: Failure) -> None:
+        """Say so, in the client's dialect: as an HTTP error if the status is still ours to choose, else in-protocol."""
+        self.stop_keepalive()
+        if self._response is None:
+            if failure.retry_after_s is not None:
+                self._headers["Retry-After"] = str(max(1, round(failure.retry_after_s + 0.5)))
+            await self.send_body(self._dialect.encode_error(failure), status=failure.status or 503)
+            return
+        await self._write(self._require_encoder().error(failure))
+        self.tear()
+
+    def tear(self) -> None:
+        """End without an end: the client's HTTP library must see that the answer is not whole."""
+        self.stop_keepalive()
+        transport = self._request.transport
+        if transport is not None:
+            transport.close()

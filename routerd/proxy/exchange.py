@@ -1,0 +1,253 @@
+"""One client request, from its admission to its last byte.
+
+``Exchange.run`` is the whole story, readable top to bottom: plan, wait if nobody can serve now, attempt, and on
+anything but success ask ``next_step`` what to do. The policy decides; this does. Whatever happens, every ticket taken
+is settled once and the exchange is recorded once.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+
+import msgspec
+from aiohttp import web
+
+from routerd.canonical import Failure, Head, Outcome, Side
+from routerd.dialects import Dialect, Stamp
+from routerd.policy.classify import Code, agrees, blame_client
+from routerd.policy.recovery import Budget, Fail, Stop, next_step
+from routerd.proxy.attempt import Attempt
+from routerd.proxy.downstream import GONE, ClientGone, Downstream
+from routerd.proxy.live import LiveRoute, LiveUpstream
+from routerd.proxy.planner import Plan
+from routerd.proxy.pool import Pool, Ticket
+from routerd.telemetry import ExchangeRecord, Telemetry
+
+ROUND_PAUSE_S = (0.5, 2.0, 5.0, 15.0)  # before everybody is tried again; the last value repeats
+
+
+class Arrival(msgspec.Struct):
+    """What the app hands over: a request understood, and when it came."""
+
+    request: web.Request
+    dialect: Dialect
+    body: bytes
+    head: Head
+    route: LiveRoute
+    id: str
+    at: float  # monotonic
+
+
+class Exchange:
+    """One client request being served."""
+
+    def __init__(self, arrival: Arrival, pool: Pool, telemetry: Telemetry) -> None:
+        head, route = arrival.head, arrival.route
+        self._arrival = arrival
+        self._pool = pool
+        self._telemetry = telemetry
+        self._clock = time.monotonic
+        self._attempts_left = route.max_attempts
+        self._waits_left_s = route.max_wait_s
+        self._rounds = 0
+        self._tried: set[LiveUpstream] = set()  # in this round
+        self._unfit: set[LiveUpstream] = set()  # for this request, whatever the round
+        self._failures: list[tuple[LiveUpstream, Failure]] = []
+        stamp = Stamp(arrival.id, head.model, int(time.time()), head.include_usage)
+        self.downstream = Downstream(
+            arrival.request, arrival.dialect, stamp, keepalive_s=route.keepalive_s, clock=self._clock
+        )
+        self.record = ExchangeRecord(
+            arrival.id, route.name, arrival.dialect.name, head.stream, prompt_tokens=head.prompt_tokens
+        )
+
+    async def run(self) -> None:
+        """Serve it. Returns when the client has its answer or its error; cancellation passes."""
+        opened = self._telemetry.opened(self._arrival.dialect.name)
+        self.downstream.describe({"x-routerd-exchange": self._arrival.id})
+        if self._arrival.head.stream:
+            self.downstream.start_keepalive()
+        try:
+            await self._serve()
+        except ClientGone:
+            self.record.outcome = Outcome.CANCELLED
+        finally:
+            self.downstream.stop_keepalive()
+            opened.dec()
+            self._close_record()
+
+    async def _serve(self) -> None:
+        over = False
+        while not over:
+            plan = self._plan()
+            over = await self._wait(plan) if plan.chosen is None else await self._try(plan, plan.chosen)
+
+    def _plan(self) -> Plan:
+        return self._pool.planner.plan(
+            self._arrival.route,
+            self._arrival.head,
+            now=self._clock(),
+            wall=time.time(),
+            draw=random.random(),
+            tried=self._tried,
+            unfit=self._unfit,
+        )
+
+    # --- attempts ---------------------------------------------------------------------------------------------------
+
+    async def _try(self, plan: Plan, live: LiveUpstream) -> bool:
+        """One attempt; True when the exchange is over."""
+        ticket = await self._pool.begin(plan, self._arrival.route, self._arrival.head, self._clock(), time.time())
+        if ticket is None:
+            return False  # somebody took the last of the quota in between: plan anew
+        attempt = self._dispatch(ticket)
+        failure: Failure | None = GONE  # what stands if cancellation ends the attempt
+        try:
+            body = self._arrival.dialect.patch_request(self._arrival.body, self._arrival.head, live.upstream)
+            failure = await attempt.run(body, stream=self._arrival.head.stream)
+            failure = failure and self._agreed(live, failure)
+        finally:
+            self._settle(ticket, attempt, failure)
+            if failure is not None:
+                await attempt.close(whole=False)
+        if failure is not None:
+            return await self._recover(live, failure)
+        await self._deliver(attempt)
+        return True
+
+    def _dispatch(self, ticket: Ticket) -> Attempt:
+        upstream, head, route = ticket.live.upstream, self._arrival.head, self._arrival.route
+        self._attempts_left -= 1
+        if self.record.overhead_s is None:
+            self.record.overhead_s = self._clock() - self._arrival.at
+        if self.record.attempts and self.record.attempts[-1].provider != upstream.provider:
+            self._telemetry.failover(self.record.attempts[-1], upstream.provider)
+        self.downstream.describe(
+            {
+                "x-routerd-provider": upstream.provider,
+                "x-routerd-model": upstream.model,
+                "x-routerd-attempts": str(len(self.record.attempts) + 1),
+                **self._pool.rate_limit_headers(route, time.time()),
+            }
+        )
+        hide_usage = head.stream and upstream.fix.stream_usage and not head.include_usage
+        whole = route.whole or not head.stream
+        return Attempt(self._pool, ticket, self._arrival.dialect, self.downstream, whole=whole, hide_usage=hide_usage)
+
+    def _settle(self, ticket: Ticket, attempt: Attempt, failure: Failure | None) -> None:
+        record = self._pool.settle(
+            ticket,
+            failure,
+            attempt.gate,
+            self._arrival.head,
+            chunks=attempt.chunks,
+            now=self._clock(),
+            wall=time.time(),
+        )
+        self.record.attempts.append(record)
+        if self._failures:
+            result = "success" if failure is None else "failure"
+            self._telemetry.recoveries.labels("retry", result).inc()
+
+    def _agreed(self, live: LiveUpstream, failure: Failure) -> Failure:
+        """A refusal that a second provider shares is the client's own error."""
+        for other, earlier in self._failures:
+            if other.upstream.provider != live.upstream.provider and agrees(earlier, failure):
+                return blame_client(failure)
+        return failure
+
+    async def _recover(self, live: LiveUpstream, failure: Failure) -> bool:
+        self._failures.append((live, failure))
+        (self._unfit if failure.outcome is Outcome.UNSUPPORTED else self._tried).add(live)
+        step = next_step(self.downstream.transcript, failure, Budget(self._attempts_left, self._waits_left_s))
+        if isinstance(step, Stop):
+            return True
+        if isinstance(step, Fail):
+            await self._fail(self._last_word(step.failure))
+            return True
+        return False
+
+    async def _deliver(self, attempt: Attempt) -> None:
+        self.record.outcome = Outcome.SUCCESS
+        if self._arrival.head.stream:
+            await self.downstream.end()
+        else:
+            cost_usd = sum(record.cost_usd for record in self.record.attempts)
+            self.downstream.describe({"x-routerd-cost-usd": f"{cost_usd:.8f}"})
+            await self.downstream.send_body(attempt.answer)
+        await attempt.close(whole=True)
+
+    # --- waiting ----------------------------------------------------------------------------------------------------
+
+    async def _wait(self, plan: Plan) -> bool:
+        """Hold the request until somebody can serve it; True when that is hopeless and the client has been told."""
+        wait_s = plan.wait_s
+        if plan.all_tried:
+            wait_s = max(wait_s, ROUND_PAUSE_S[min(self._rounds, len(ROUND_PAUSE_S) - 1)])
+        if wait_s > self._waits_left_s or self._attempts_left <= 0:
+            await self._fail(self._nobody(plan, wait_s))
+            return True
+        if plan.all_tried:
+            self._rounds += 1
+            self._tried.clear()
+        began = self._clock()
+        await self._pool.wait(self._arrival.route, self._arrival.at, wait_s)
+        waited_s = self._clock() - began
+        self._waits_left_s -= waited_s
+        self.record.waited_s += waited_s
+        self._telemetry.wait.labels(plan.reason).observe(waited_s)
+        return False
+
+    # --- endings ----------------------------------------------------------------------------------------------------
+
+    def _nobody(self, plan: Plan, wait_s: float) -> Failure:
+        """Nobody can serve this within the time allowed."""
+        if math.isinf(wait_s):
+            return self._refusal(plan)
+        if plan.reason == "quota":
+            detail = "every provider's quota for this is used up; it is free again later"
+            return _router_failure(429, detail, "rate_limited", wait_s)
+        return _router_failure(503, "no provider is answering at the moment", "unavailable", wait_s)
+
+    def _refusal(self, plan: Plan) -> Failure:
+        """Nobody will ever serve this request as it is."""
+        codes = {failure.code for _, failure in self._failures}
+        if plan.overflow or Code.CONTEXT_OVERFLOW in codes:
+            detail = f"maximum context length is {plan.window_tokens} tokens; shorten the conversation"
+            return Failure(Outcome.CLIENT_ERROR, Side.CLIENT, detail, status=400, code="context_length_exceeded")
+        if plan.reason == "capability":
+            detail = "no model of this route takes what the request contains (tools or images)"
+            return Failure(Outcome.CLIENT_ERROR, Side.CLIENT, detail, status=400, code="unsupported")
+        if Code.BAD_REQUEST in codes:
+            detail = "the provider refuses this request as malformed"
+            return Failure(Outcome.CLIENT_ERROR, Side.CLIENT, detail, status=400, code="invalid_request")
+        return _router_failure(503, "no provider of this route serves this model at the moment", "unavailable", None)
+
+    def _last_word(self, failure: Failure) -> Failure:
+        """What the client is told when an attempt's failure is final: never a status it would die of needlessly."""
+        if failure.outcome is Outcome.CLIENT_ERROR:
+            return failure
+        if failure.outcome in (Outcome.RATE_LIMITED, Outcome.EXHAUSTED) and failure.retry_after_s is not None:
+            return _router_failure(429, "every provider tried is rate limited", "rate_limited", failure.retry_after_s)
+        detail = f"no provider could answer (tried {len(self._failures)})"
+        return msgspec.structs.replace(failure, side=Side.ROUTER, status=503, detail=detail)
+
+    async def _fail(self, failure: Failure) -> None:
+        self.record.outcome = failure.outcome
+        self.record.detail = failure.detail
+        await self.downstream.fail(failure)
+
+    def _close_record(self) -> None:
+        record, arrived = self.record, self._arrival.at
+        record.duration_s = self._clock() - arrived
+        record.status = self.downstream.status
+        if self.downstream.first_content_at is not None:
+            record.first_content_s = self.downstream.first_content_at - arrived
+        self._telemetry.exchange(record)
+
+
+def _router_failure(status: int, detail: str, code: str, retry_after_s: float | None) -> Failure:
+    outcome = Outcome.RATE_LIMITED if status == 429 else Outcome.UNAVAILABLE
+    return Failure(outcome, Side.ROUTER, detail, status=status, code=code, retry_after_s=retry_after_s)

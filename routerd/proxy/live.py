@@ -1,0 +1,135 @@
+"""What is alive: an account, its upstreams, and the routes over them.
+
+The config is frozen; these change while it is in force. An ``Account`` is a provider's key: it owns the quota and the
+breaker for whatever all its models share (a refused key, a host that does not answer). A ``LiveUpstream`` is an
+account's model: it owns a breaker, a latency estimate and the prepared URL and headers. A ``LiveRoute`` owns the line
+of those who wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import msgspec
+
+from routerd.canonical import Head, Secret, Upstream
+from routerd.config import Defaults, ProviderConfig, RouteConfig
+from routerd.policy.balance import Latency
+from routerd.policy.breaker import Breaker
+from routerd.policy.quota import Quota
+from routerd.providers import Provider, hooks
+from routerd.proxy.client import Client, Target
+from routerd.proxy.queue import WaitingLine
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """The time limits of an attempt, in seconds."""
+
+    first_token_s: float
+    stall_s: float
+    answer_s: float  # for an answer that comes whole
+
+
+class Account:
+    """One key of one provider."""
+
+    __slots__ = ("breaker", "hooks", "id", "limits", "provider", "quota")
+
+    def __init__(
+        self, config: ProviderConfig, key: Secret, quota: Quota, breaker: Breaker, answer_timeout_s: float
+    ) -> None:
+        digest = hashlib.blake2b(key.reveal().encode(), digest_size=6, person=b"routerd").hexdigest()
+        self.id = f"{config.name}#{digest}"  # the key's place may change in the config; its digest does not
+        self.provider = config.name
+        host = next((urlsplit(url).hostname or "" for url in config.base_urls.values()), "")
+        self.hooks: Provider = hooks(config.vendor, host)
+        self.limits = Limits(config.first_token_timeout_s, config.stall_timeout_s, answer_timeout_s)
+        self.quota = quota
+        self.breaker = breaker
+
+
+class LiveUpstream:
+    """One upstream and all that is known of it."""
+
+    __slots__ = ("account", "breaker", "client", "in_flight", "latency", "scores", "target", "upstream")
+
+    def __init__(self, upstream: Upstream, account: Account, breaker: Breaker, client: Client, target: Target) -> None:
+        self.upstream = upstream
+        self.account = account
+        self.breaker = breaker
+        self.client = client
+        self.target = target
+        self.latency = Latency()
+        self.in_flight = 0
+        self.scores: dict[str, float] = {}  # route -> the last planned total, for metrics
+
+    def __repr__(self) -> str:
+        return f"<LiveUpstream {self.upstream.provider}/{self.upstream.model} {self.breaker.state}>"
+
+    def allows(self, now: float) -> bool:
+        return self.breaker.allows(now) and self.account.breaker.allows(now)
+
+    def reopens_in_s(self, now: float) -> float:
+        return max(self.breaker.reopens_in_s(now), self.account.breaker.reopens_in_s(now))
+
+    @property
+    def suspect(self) -> bool:
+        """True if the next request would be a probe."""
+        return self.breaker.state != "closed" or self.account.breaker.state != "closed"
+
+
+Group = tuple[LiveUpstream, ...]  # the keys of one provider and model
+Tier = tuple[Group, ...]
+
+
+class LiveRoute:
+    """A route with its live upstreams."""
+
+    __slots__ = (
+        "auxiliary",
+        "budget",
+        "headers",
+        "headers_at",
+        "keepalive_s",
+        "line",
+        "max_attempts",
+        "max_wait_s",
+        "name",
+        "tiers",
+        "value_of_time_usd_per_s",
+        "whole",
+    )
+
+    def __init__(
+        self,
+        config: RouteConfig,
+        defaults: Defaults,
+        tiers: tuple[Tier, ...],
+        auxiliary: tuple[Tier, ...],
+        budget: Quota,
+    ) -> None:
+        self.name = config.name
+        self.tiers = tiers
+        self.auxiliary = auxiliary
+        self.budget = budget
+        self.value_of_time_usd_per_s = config.value_of_time_usd_per_s
+        self.whole = config.delivery == "whole"
+        self.max_attempts = defaults.max_attempts
+        self.max_wait_s = defaults.max_wait_s
+        self.keepalive_s = defaults.keepalive_s
+        self.line = WaitingLine()
+        self.headers: dict[str, str] = {}  # what the quotas add up to, as of ``headers_at``
+        self.headers_at = -math.inf
+
+    def upstreams(self) -> Iterator[LiveUpstream]:
+        """Every upstream of the route's own tiers."""
+        return (live for tier in self.tiers for group in tier for live in group)
+
+    def tiers_for(self, head: Head) -> tuple[Tier, ...]:
+        """Calls without tools and stream (titles, compression) have tiers of their own in front, where configured."""
+        if self.auxiliary and not head.tools and not head.stream:
+            return self.auxiliary + self.tiers
+        return self.tiers

@@ -1,0 +1,531 @@
+"""Everything live, and what an attempt takes from it and gives back.
+
+``begin`` takes: two breaker permits, quota, the route's budget. What must survive a kill is on disk when it returns.
+``settle`` gives back and learns, exactly once per ticket, whatever happened in between. The choice itself is the
+planner's; estimates, breakers and ledgers are saved here and taken up again after a restart.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from routerd.canonical import Failure, Fault, Head, LimitReport, Outcome, Secret, Side, Upstream, Usage
+from routerd.config import Config, ProviderConfig, RouteConfig
+from routerd.dialects import DIALECTS
+from routerd.policy.balance import Affinity, LatencySnapshot
+from routerd.policy.breaker import Breaker, BreakerSnapshot, Permit
+from routerd.policy.classify import Verdict, verdict
+from routerd.policy.meters import Amount
+from routerd.policy.quota import Quota, Reservation
+from routerd.policy.transcript import Gate
+from routerd.providers import judge, judge_fault
+from routerd.proxy.client import Client, Reply, Target
+from routerd.proxy.live import Account, Limits, LiveRoute, LiveUpstream, Tier
+from routerd.proxy.planner import Plan, Planner, expected_amount
+from routerd.state import Row, Store
+from routerd.telemetry import AttemptRecord, Live, Telemetry
+
+Quotas = tuple[str, str, float, float, float]  # provider, limit, size, left, reset
+
+STATES_BEST_FIRST = ("closed", "half-open", "open")
+HEADERS_FRESH_S = 1.0  # rate-limit headers are added up once in this time
+ACCOUNT = "*"  # stands for the model where a breaker is an account's
+CHARACTERS_PER_TOKEN = 4  # where an upstream never said how much it used
+COST_TRUST = 3.0  # an upstream's own figure is believed within this factor of ours: some bill in other units
+PROBE_PATIENCE = 4.0  # a probe waits this many times the usual first token, not the whole limit ...
+PROBE_PATIENCE_MIN_S = 10.0  # ... but at least this long
+
+SUCCESS = Verdict("success", "settle", "no")
+
+
+class Ticket(msgspec.Struct):
+    """What an attempt holds of an upstream. Settled exactly once."""
+
+    live: LiveUpstream
+    permit: Permit
+    account_permit: Permit
+    reservation: Reservation
+    budget: Reservation
+    route: LiveRoute
+    limits: Limits
+    wait_ticket: int
+    began_at: float
+    first_token_at: float | None = None
+    connected: bool = False  # the upstream answered at all
+    reports: tuple[LimitReport, ...] = ()
+
+
+class Pool:
+    """Everything live. Built from a config; a reload builds another and hands the state over."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        telemetry: Telemetry,
+        *,
+        simulated: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``simulated``: base URLs of the simulated providers, which have none in the config."""
+        self._config = config
+        self._store = store
+        self._telemetry = telemetry
+        self._simulated = simulated or {}
+        self._clock = clock
+        self._affinity = Affinity()
+        self.planner = Planner(self._affinity)
+        self._accounts: dict[str, Account] = {}
+        self._clients: dict[str, Client] = {}
+        self._live: dict[Upstream, LiveUpstream] = {}
+        self._routes: dict[str, LiveRoute] = {}
+        self._waiting: dict[str, LiveRoute] = {}  # routes with somebody in line
+        self._saved_budgets: dict[str, dict[str, bytes]] = {}
+        for provider in config.providers.values():
+            self._add_provider(provider)
+
+    # --- building ---------------------------------------------------------------------------------------------------
+
+    def _add_provider(self, config: ProviderConfig) -> None:
+        client = self._clients[config.name] = Client()
+        policy = self._config.defaults.breaker
+        accounts = []
+        for key in config.keys:
+            breaker = Breaker(f"{config.name}/{ACCOUNT}", policy, self._transition)
+            account = Account(config, key, Quota(config.limits), breaker, self._config.defaults.answer_timeout_s)
+            self._accounts[account.id] = account
+            accounts.append((account, key))
+        for upstream in config.upstreams:
+            account, key = accounts[upstream.key]
+            breaker = Breaker(f"{config.name}/{upstream.model}", policy, self._transition)
+            target = Target(self._url(config, upstream), _auth_headers(config, key))
+            self._live[upstream] = LiveUpstream(upstream, account, breaker, client, target)
+
+    def _url(self, config: ProviderConfig, upstream: Upstream) -> str:
+        base_url = self._simulated.get(config.name) or config.base_urls[upstream.dialect]
+        return base_url.rstrip("/") + DIALECTS[upstream.dialect].upstream_path
+
+    def _transition(self, name: str, before: str, after: str) -> None:
+        provider, _, model = name.partition("/")
+        self._telemetry.transition(provider, model, before, after)
+
+    def route(self, name: str) -> LiveRoute | None:
+        """The live route a public model name stands for."""
+        config = self._config.resolve(name)
+        if config is None:
+            return None
+        live = self._routes.get(config.name)
+        if live is None:
+            live = self._routes[config.name] = self._build_route(config)
+        return live
+
+    def _build_route(self, config: RouteConfig) -> LiveRoute:
+        tiers = tuple(self._build_tier(tier) for tier in config.tiers)
+        auxiliary = (self._build_tier(config.auxiliary),) if config.auxiliary else ()
+        limits = [config.budget] if config.budget is not None else []
+        budget = Quota(limits)
+        budget.restore(self._saved_budgets.get(config.name, {}), self._clock(), time.time())
+        return LiveRoute(config, self._config.defaults, tiers, auxiliary, budget)
+
+    def _build_tier(self, upstreams: Sequence[Upstream]) -> Tier:
+        groups: dict[tuple[str, str], list[LiveUpstream]] = {}
+        for upstream in upstreams:
+            groups.setdefault((upstream.provider, upstream.wire_model), []).append(self._live[upstream])
+        return tuple(tuple(group) for group in groups.values())
+
+    async def wait(self, route: LiveRoute, rank: float, wait_s: float) -> None:
+        """Hold a request until it is worth planning again."""
+        self._waiting[route.name] = route
+        try:
+            await route.line.wait(rank, wait_s)
+        finally:
+            if not route.line:
+                self._waiting.pop(route.name, None)
+
+    # --- attempts ---------------------------------------------------------------------------------------------------
+
+    async def begin(self, plan: Plan, route: LiveRoute, head: Head, now: float, wall: float) -> Ticket | None:
+        """Take what the attempt needs; None if somebody else took the last of it since the plan."""
+        live = plan.chosen
+        if live is None or not (plan.forced or live.allows(now)):
+            return None
+        amount = expected_amount(live, head, now)
+        reservation = live.account.quota.reserve(live.upstream.wire_model, amount, now, wall)
+        if reservation is None:
+            return None
+        budget = route.budget.reserve(route.name, Amount(0, 0, amount.usd), now, wall)
+        if budget is None:
+            live.account.quota.release(reservation, now, wall)
+            return None
+        ticket = Ticket(
+            live,
+            live.breaker.begin(now, forced=plan.forced),
+            live.account.breaker.begin(now, forced=plan.forced),
+            reservation,
+            budget,
+            route,
+            self._limits(plan, live, head, now),
+            live.latency.begin_wait(head.prompt_tokens, now),
+            now,
+        )
+        live.in_flight += 1
+        await self._write_ahead(ticket, head, now, wall)
+        return ticket
+
+    def _limits(self, plan: Plan, live: LiveUpstream, head: Head, now: float) -> Limits:
+        limits = live.account.limits
+        if not plan.probe:
+            return limits
+        patience_s = max(PROBE_PATIENCE_MIN_S, PROBE_PATIENCE * live.latency.first_token_s(head.prompt_tokens, now))
+        return msgspec.structs.replace(limits, first_token_s=min(limits.first_token_s, patience_s))
+
+    async def _write_ahead(self, ticket: Ticket, head: Head, now: float, wall: float) -> None:
+        """Windows that outlive the process are on disk before the request leaves: a kill can never overspend them."""
+        rows = self._ledger_rows(ticket, now, wall)
+        if not rows:
+            return
+        try:
+            await self._store.write(rows)
+        except BaseException:
+            self.settle(ticket, _UNSENT, Gate(whole=True), head, chunks=0, now=now, wall=wall)
+            raise
+
+    def _ledger_rows(self, ticket: Ticket, now: float, wall: float) -> list[Row]:
+        account, model = ticket.live.account, ticket.live.upstream.wire_model
+        rows = []
+        if account.quota.persistent(model):
+            rows = [
+                Row("quota", f"{account.id} {key}", value, wall)
+                for key, value in account.quota.rows(now, wall, ticket.reservation)
+            ]
+        if ticket.route.budget.persistent(ticket.route.name):
+            rows += [
+                Row("budget", f"{ticket.route.name} {key}", value, wall)
+                for key, value in ticket.route.budget.rows(now, wall)
+            ]
+        return rows
+
+    async def post(self, ticket: Ticket, body: bytes) -> Reply:
+        reply = await ticket.live.client.post(ticket.live.target, body)
+        ticket.connected = True
+        return reply
+
+    def first_token(self, ticket: Ticket, now: float) -> None:
+        """The first content token is here."""
+        ticket.first_token_at = now
+        ticket.live.latency.end_wait(ticket.wait_ticket)
+
+    def note_headers(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
+        """Let a good answer's rate-limit headers correct the ledger."""
+        reports = ticket.live.account.hooks.limit_reports(200, headers, time.time())
+        if reports:
+            self._reconcile(ticket, reports)
+
+    def judge(self, ticket: Ticket, status: int, headers: Mapping[str, str], body: bytes) -> Failure:
+        """Classify a refusal, and let what it says of limits correct the ledger."""
+        failure, reports = judge(ticket.live.account.hooks, status, headers, body, time.time())
+        self._reconcile(ticket, reports)
+        return failure
+
+    def judge_fault(self, ticket: Ticket, fault: Fault) -> Failure:
+        failure, reports = judge_fault(ticket.live.account.hooks, fault, time.time())
+        self._reconcile(ticket, reports)
+        return failure
+
+    def _reconcile(self, ticket: Ticket, reports: tuple[LimitReport, ...]) -> None:
+        ticket.reports = reports
+        ticket.live.account.quota.reconcile(
+            reports, ticket.live.upstream.wire_model, self._clock(), time.time(), reservation=ticket.reservation
+        )
+
+    # --- settling ---------------------------------------------------------------------------------------------------
+
+    def settle(
+        self, ticket: Ticket, failure: Failure | None, gate: Gate, head: Head, *, chunks: int, now: float, wall: float
+    ) -> AttemptRecord:
+        """Give back what was taken and learn from how it ended."""
+        live = ticket.live
+        live.in_flight -= 1
+        live.latency.end_wait(ticket.wait_ticket)
+        lesson = SUCCESS if failure is None else verdict(failure)
+        usage = _usage(gate, head, failure)
+        cost_usd = _cost_usd(live.upstream, usage)
+        self._teach_breakers(ticket, failure, lesson, now)
+        self._teach_latency(ticket, lesson, usage, head, now)
+        self._settle_quota(ticket, failure, lesson, usage, cost_usd, now, wall)
+        if failure is None and usage is not None:
+            self._affinity.remember(head.conversation, live, usage.input_tokens or head.prompt_tokens, now)
+        record = _attempt_record(ticket, failure, usage, cost_usd, chunks, now)
+        self._telemetry.attempt(record)
+        for route in tuple(self._waiting.values()):
+            route.line.wake()
+        return record
+
+    def _teach_breakers(self, ticket: Ticket, failure: Failure | None, lesson: Verdict, now: float) -> None:
+        upstream, account = ticket.live.breaker, ticket.live.account.breaker
+        if failure is not None and failure.account_wide:
+            upstream.neutral(ticket.permit, now)
+            _teach(account, ticket.account_permit, lesson, failure, now)
+            return
+        _teach(upstream, ticket.permit, lesson, failure, now)
+        if ticket.connected:
+            account.success(ticket.account_permit, now)
+        else:
+            account.neutral(ticket.account_permit, now)
+
+    def _teach_latency(self, ticket: Ticket, lesson: Verdict, usage: Usage | None, head: Head, now: float) -> None:
+        latency, first_at = ticket.live.latency, ticket.first_token_at
+        if first_at is not None:
+            latency.observe_first_token(head.prompt_tokens, first_at - ticket.began_at, now)
+        if lesson.breaker == "success":
+            latency.observe_success(now)
+            if first_at is not None and usage is not None:
+                latency.observe_rate(usage.output_tokens, now - first_at, now)
+        elif lesson.breaker in ("failure", "trip"):
+            waited_s = 0.0 if first_at is not None else now - ticket.began_at
+            latency.observe_failure(head.prompt_tokens, waited_s, now)
+
+    def _settle_quota(
+        self,
+        ticket: Ticket,
+        failure: Failure | None,
+        lesson: Verdict,
+        usage: Usage | None,
+        cost_usd: float,
+        now: float,
+        wall: float,
+    ) -> None:
+        quota, model = ticket.live.account.quota, ticket.live.upstream.wire_model
+        if lesson.quota == "settle" and usage is not None:
+            quota.settle(ticket.reservation, Amount(1, usage.input_tokens + usage.output_tokens, cost_usd), now, wall)
+        else:
+            # A request that was taken and then failed may have been counted over there; one never taken was not.
+            counted = ticket.connected and failure is not None and failure.outcome is Outcome.UNAVAILABLE
+            quota.release(ticket.reservation, now, wall, keep_request=counted)
+        ticket.route.budget.settle(ticket.budget, Amount(0, 0, cost_usd), now, wall)
+        if failure is None:
+            quota.clear(model, now, since=ticket.began_at)
+        elif lesson.quota in ("empty", "close"):
+            _block(ticket, failure, lesson, now, wall)
+        rows = self._ledger_rows(ticket, now, wall)
+        if rows:
+            self._store.enqueue(rows)
+
+    # --- what is shown ----------------------------------------------------------------------------------------------
+
+    def rate_limit_headers(self, route: LiveRoute, wall: float) -> dict[str, str]:
+        """What the route's quotas add up to, in the headers agents read; resets are plain seconds."""
+        if wall - route.headers_at >= HEADERS_FRESH_S or wall < route.headers_at:
+            route.headers, route.headers_at = self._sum_headers(route, self._clock(), wall), wall
+        return route.headers
+
+    def _sum_headers(self, route: LiveRoute, now: float, wall: float) -> dict[str, str]:
+        sums: dict[str, list[float]] = {}
+        for live in route.upstreams():
+            statuses = live.account.quota.status(now, wall, live.upstream.wire_model)
+            for unit in ("requests", "tokens"):
+                tightest = min(
+                    (status for status in statuses if status.unit == unit), key=lambda s: s.remaining, default=None
+                )
+                if tightest is not None:
+                    total = sums.setdefault(unit, [0.0, 0.0, 0.0])
+                    total[0] += tightest.limit
+                    total[1] += tightest.remaining
+                    total[2] = max(total[2], tightest.reset_wall - wall)
+        names = ("limit", "remaining", "reset")
+        return {
+            f"x-ratelimit-{name}-{unit}": str(int(value))
+            for unit, values in sums.items()
+            for name, value in zip(names, values, strict=True)
+        }
+
+    def unready(self, now: float, wall: float) -> dict[str, str]:
+        """Why nobody is admissible, by upstream; empty if somebody is."""
+        reasons = {}
+        for live in self._live.values():
+            name = f"{live.upstream.provider}/{live.upstream.model}"
+            if not live.allows(now):
+                reasons[name] = f"breaker open for {live.reopens_in_s(now):.0f} s"
+            elif (wait_s := live.account.quota.wait_s(live.upstream.wire_model, Amount(), now, wall)) > 0:
+                reasons[name] = f"quota used up for {wait_s:.0f} s"
+            else:
+                return {}
+        return reasons or {"": "no upstream is configured"}
+
+    def snapshot(self) -> Live:
+        """Every state a scrape shows."""
+        now, wall = self._clock(), time.time()
+        live = Live()
+        for account in self._accounts.values():
+            live.breakers.append((account.provider, ACCOUNT, account.breaker.state))
+            for limit in account.quota.status(now, wall):
+                live.quotas.append((account.provider, limit.name, limit.limit, limit.remaining, limit.reset_wall))
+        for one in self._live.values():
+            provider, model = one.upstream.provider, one.upstream.model
+            live.breakers.append((provider, model, one.breaker.state))
+            live.latencies.append((provider, model, one.latency.first_token_s(0, now)))
+            live.scores += [(route, provider, model, score) for route, score in one.scores.items()]
+        live.breakers = _best_states(live.breakers)
+        live.latencies = list({row[:2]: row for row in live.latencies}.values())
+        live.scores = list({row[:3]: row for row in live.scores}.values())
+        for route in self._routes.values():
+            live.budgets += [(route.name, limit.remaining) for limit in route.budget.status(now, wall)]
+        live.quotas = _added_up(live.quotas)
+        return live
+
+    # --- what outlives the process ----------------------------------------------------------------------------------
+
+    async def restore(self) -> None:
+        """Take up where the last process left off."""
+        now, wall = self._clock(), time.time()
+        quotas = _by_owner(await self._store.load("quota"))
+        for account in self._accounts.values():
+            account.quota.restore(quotas.get(account.id, {}), now, wall)
+        self._saved_budgets = _by_owner(await self._store.load("budget"))
+        upstreams = await self._store.load("upstream")
+        for key, live in self._named():
+            _restore_upstream(live, upstreams.get(key), now, wall)
+
+    def checkpoint(self) -> None:
+        """Save estimates and breakers; quotas and budgets are saved as they change."""
+        now, wall = self._clock(), time.time()
+        rows = []
+        for key, live in self._named():
+            saved = SavedUpstream(live.breaker.snapshot(now), live.latency.snapshot(now), wall)
+            rows.append(Row("upstream", key, msgspec.json.encode(saved), wall))
+        self._store.enqueue(rows)
+
+    def _named(self) -> list[tuple[str, LiveUpstream]]:
+        return [(f"{live.account.id} {live.upstream.wire_model}", live) for live in self._live.values()]
+
+    async def close(self) -> None:
+        for client in self._clients.values():
+            await client.close()
+
+
+class SavedUpstream(msgspec.Struct, frozen=True):
+    """What is worth keeping of one upstream across a restart."""
+
+    breaker: BreakerSnapshot
+    latency: LatencySnapshot
+    wall: float
+
+
+_UNSENT = Failure(Outcome.CANCELLED, Side.ROUTER, "never sent")
+
+
+def _usage(gate: Gate, head: Head, failure: Failure | None) -> Usage | None:
+    """What the upstream says it used; an estimate where it began an answer and never said."""
+    if gate.usage is not None:
+        return gate.usage
+    if gate.started or failure is None:
+        return Usage(input_tokens=head.prompt_tokens, output_tokens=gate.characters // CHARACTERS_PER_TOKEN)
+    return None
+
+
+def _cost_usd(upstream: Upstream, usage: Usage | None) -> float:
+    """Ours by the price list; the upstream's own figure where it is of the same size, for it knows its discounts."""
+    if usage is None:
+        return 0.0
+    ours = upstream.price.cost_usd(usage.input_tokens, usage.output_tokens, usage.cached_tokens)
+    theirs = usage.cost_usd
+    if theirs is not None and ours > 0 and ours / COST_TRUST <= theirs <= ours * COST_TRUST:
+        return theirs
+    return ours
+
+
+def _teach(breaker: Breaker, permit: Permit, lesson: Verdict, failure: Failure | None, now: float) -> None:
+    retry_after_s = failure.retry_after_s if failure is not None else None
+    if lesson.breaker == "success":
+        breaker.success(permit, now)
+    elif lesson.breaker == "failure":
+        breaker.failure(permit, now, random.random(), retry_after_s)
+    elif lesson.breaker == "trip":
+        breaker.trip(permit, now, random.random(), retry_after_s)
+    else:
+        breaker.neutral(permit, now)
+
+
+def _block(ticket: Ticket, failure: Failure, lesson: Verdict, now: float, wall: float) -> None:
+    """Close the quota that the upstream says is used up."""
+    ticket.live.account.quota.block(
+        ticket.live.upstream.wire_model,
+        "rate_limited" if lesson.quota == "empty" else "exhausted",
+        now,
+        wall,
+        until_now=None if failure.retry_after_s is None else now + failure.retry_after_s,
+        per=next((report.per for report in ticket.reports if report.per is not None), None),
+        account_wide=failure.account_wide,
+        draw=random.random(),
+    )
+
+
+def _attempt_record(
+    ticket: Ticket, failure: Failure | None, usage: Usage | None, cost_usd: float, chunks: int, now: float
+) -> AttemptRecord:
+    upstream = ticket.live.upstream
+    first_s = None if ticket.first_token_at is None else ticket.first_token_at - ticket.began_at
+    return AttemptRecord(
+        upstream.provider,
+        upstream.model,
+        Outcome.SUCCESS if failure is None else failure.outcome,
+        status=None if failure is None else failure.status,
+        code="" if failure is None else failure.code,
+        duration_s=now - ticket.began_at,
+        first_token_s=first_s,
+        chunks=chunks,
+        usage=usage,
+        cost_usd=cost_usd,
+    )
+
+
+def _auth_headers(config: ProviderConfig, key: Secret) -> dict[str, str]:
+    headers = dict(config.headers)
+    if key and config.auth == "bearer":
+        headers["Authorization"] = f"Bearer {key.reveal()}"
+    elif key:
+        headers["x-api-key"] = key.reveal()
+    return headers
+
+
+def _by_owner(rows: Mapping[str, bytes]) -> dict[str, dict[str, bytes]]:
+    """``owner rest-of-key`` -> owner -> rest -> value."""
+    owned: dict[str, dict[str, bytes]] = {}
+    for key, value in rows.items():
+        owner, _, rest = key.partition(" ")
+        owned.setdefault(owner, {})[rest] = value
+    return owned
+
+
+def _restore_upstream(live: LiveUpstream, value: bytes | None, now: float, wall: float) -> None:
+    if value is None:
+        return
+    try:
+        saved = msgspec.json.decode(value, type=SavedUpstream)
+    except msgspec.DecodeError:
+        return
+    elapsed_s = max(0.0, wall - saved.wall)
+    live.breaker.restore(saved.breaker, now, elapsed_s=elapsed_s)
+    live.latency.restore(saved.latency, now, elapsed_s=elapsed_s)
+
+
+def _added_up(quotas: Sequence[Quotas]) -> list[Quotas]:
+    """One row per provider and limit: the keys of a pool are not told apart in metrics."""
+    rows: dict[tuple[str, str], Quotas] = {}
+    for provider, name, limit, left, reset in quotas:
+        _, _, limit_so_far, left_so_far, reset_so_far = rows.get((provider, name), (provider, name, 0.0, 0.0, 0.0))
+        rows[provider, name] = (provider, name, limit_so_far + limit, left_so_far + left, max(reset, reset_so_far))
+    return list(rows.values())
+
+
+def _best_states(breakers: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """One row per provider and model: a pool is as good as its best key."""
+    best: dict[tuple[str, str], str] = {}
+    for provider, model, state in breakers:
+        seen = best.get((provider, model), state)
+        best[provider, model] = min(seen, state, key=STATES_BEST_FIRST.index)
+    return [(provider, model, state) for (provider, model), state in best.items()]

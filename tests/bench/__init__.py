@@ -1,0 +1,34 @@
+"""``make bench``: what routerd costs, side by side with other proxies, on this machine, in one run.
+
+What is compared
+----------------
+The same requests go to the same upstream through every target: ``direct`` (no proxy: what the instruments themselves
+take), nginx ``proxy_pass`` (about the least a proxy can cost), routerd with tokens, breakers, quotas, metrics and its
+log switched on, and LiteLLM's proxy. A target that cannot run here is skipped by name, with the reason.
+
+How
+---
+* The upstream (``upstream.c``) and the load generator (``load.c``) are small C programs, so that what is measured is
+  the proxy. How the upstream answers is asked for in the request's body and so survives any proxy.
+* The server under test has one core for itself; upstream, load, the TLS front and this program share another.
+* Every figure is measured in several rounds. Within a round the targets take turns and the order rotates, so a busy
+  minute of the machine hits all of them; the table shows medians, and the spread of routerd's rounds beside them.
+* *Added* time is the target's percentile minus that of ``direct`` in the same round.
+* CPU is the kernel's own count for the process, its threads (ended ones too) and its children, before and after. It is
+  steadier than a rate and says what a rate hides: at 16 connections nginx waits for the load generator.
+* An answer counts only if it is right and whole: status 200, its last words, every event, the terminal marker.
+* Each event is stamped by the upstream and read by the load generator on the same clock: *transit* is the difference.
+  Streams do not tick together; 500 streams of one event each 50 ms are 10,000 lone events a second.
+* Memory is PSS. *Per open stream* is the peak of a freshly started, warmed server minus what it had just before.
+* Cold start is from the spawn until the first proxied 200, asked for every few milliseconds; idle PSS a second later.
+* The TLS figures compare two ways to the same upstream, both through an nginx beside it: one ends TLS there, one does
+  not. So the hop is in both and cancels; connections to it are kept and reused.
+* Planning is timed inside this process, by calling the planner itself.
+
+What it does not measure
+------------------------
+Networks, slow clients, faults and recovery; kernel memory of sockets; several cores or machines; anything over minutes.
+Loopback makes the sender pay for the receiver's network stack. PSS shares the pages of the Python binary with whatever
+else runs it, this program included (2 to 3 MB). On a busy or virtual machine differences below about 20 % are noise.
+Whatever is asked for at 16 and 128 connections is a saturated closed loop: read its rate, not its latency.
+"""
