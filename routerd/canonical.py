@@ -136,8 +136,11 @@ class TextDelta(msgspec.Struct, frozen=True, gc=False):
 
 
 class ReasoningDelta(msgspec.Struct, frozen=True, gc=False):
+    """A piece of thinking. ``signature`` is the vendor's seal on the block: sent once, at the end, often without text."""
+
     index: int
     text: str
+    signature: str = ""
 
 
 class ToolStart(msgspec.Struct, frozen=True, gc=False):
@@ -208,6 +211,109 @@ class Head(msgspec.Struct, frozen=True):
     conversation: int  # hash of the stable prefix: the same through all turns of one conversation
 
 
+class Text(msgspec.Struct, frozen=True, tag="text"):
+    """``cached``: the client marked the end of this block as a cache breakpoint."""
+
+    text: str
+    cached: bool = False
+
+
+class Image(msgspec.Struct, frozen=True, tag="image"):
+    """``url``: an ordinary or a ``data:`` URL."""
+
+    url: str
+    cached: bool = False
+
+
+class Document(msgspec.Struct, frozen=True, tag="document"):
+    """A file for the model to read. ``url``: an ordinary or a ``data:`` URL."""
+
+    url: str
+    name: str = ""
+    cached: bool = False
+
+
+class Reasoning(msgspec.Struct, frozen=True, tag="reasoning"):
+    """Thinking of an earlier turn. ``signature`` seals it; ``sealed`` is thinking that only its vendor can read."""
+
+    text: str
+    signature: str = ""
+    sealed: str = ""
+
+
+class ToolCall(msgspec.Struct, frozen=True, tag="tool_call"):
+    """``arguments`` is JSON text, byte for byte as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str
+    signature: str = ""  # a thought signature that some vendors want back with the call
+    cached: bool = False
+
+
+class ToolResult(msgspec.Struct, frozen=True, tag="tool_result"):
+    call_id: str
+    content: tuple[Text | Image | Document, ...]
+    is_error: bool = False
+    cached: bool = False
+
+
+Block = Text | Image | Document | Reasoning | ToolCall | ToolResult
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn. Tool results stand in a ``user`` turn, as the richest dialect has it."""
+
+    role: Literal["system", "user", "assistant"]
+    blocks: tuple[Block, ...]
+
+
+class Tool(msgspec.Struct, frozen=True):
+    """``schema`` is the JSON Schema of the arguments, as bytes of the client's own body."""
+
+    name: str
+    description: str
+    schema: msgspec.Raw
+    strict: bool | None = None
+    cached: bool = False
+
+
+class ToolChoice(msgspec.Struct, frozen=True):
+    """``name``: the one tool to call, for ``mode`` ``named``."""
+
+    mode: Literal["auto", "none", "required", "named"]
+    name: str = ""
+
+
+class AnswerFormat(msgspec.Struct, frozen=True):
+    """What the answer's text must be: any JSON object, or one that fits ``schema``."""
+
+    kind: Literal["json_object", "json_schema"]
+    name: str = ""
+    schema: msgspec.Raw | None = None
+    strict: bool | None = None
+
+
+class Request(msgspec.Struct, frozen=True):
+    """A whole request, for when it must be written in another dialect. ``dropped`` names what had no place here."""
+
+    model: str
+    stream: bool
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+    reasoning_effort: str | None = None  # none | minimal | low | medium | high | xhigh | max
+    reasoning_budget_tokens: int | None = None
+    answer_format: AnswerFormat | None = None
+    user: str | None = None
+    dropped: tuple[str, ...] = ()
+
+
 class Fix(msgspec.Struct, frozen=True):
     """What one upstream demands of a request in its dialect. The defaults are those of OpenAI's own API."""
 
@@ -239,7 +345,9 @@ class Price(msgspec.Struct, frozen=True):
 
     def cost_usd(self, input_tokens: float, output_tokens: float, cached_tokens: float = 0.0) -> float:
         cached = self.input if self.cached is None else self.cached
-        return ((input_tokens - cached_tokens) * self.input + cached_tokens * cached + output_tokens * self.output) / 1e6
+        return (
+            (input_tokens - cached_tokens) * self.input + cached_tokens * cached + output_tokens * self.output
+        ) / 1e6
 
 
 class Upstream(msgspec.Struct, frozen=True):

@@ -29,7 +29,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -71,41 +71,63 @@ class HermesResult(NamedTuple):
 # --- the virtual environment ----------------------------------------------------------------------------------------
 
 
+def require_hermes() -> Path:
+    """The ``hermes`` command, installed first if it has to be; skips the test if it cannot be."""
+    found = _hermes_once()
+    if isinstance(found, HermesMissing):
+        pytest.skip(str(found))
+    return found
+
+
 @functools.cache
-def hermes_program() -> Path:
-    """The ``hermes`` command, installed first if it has to be. Raises HermesMissing."""
-    venv = Path(os.environ.get("ROUTERD_HERMES_VENV") or DEFAULT_VENV)
+def _hermes_once() -> Path | HermesMissing:
+    """One attempt for all tests of a process, failed ones too."""
+    try:
+        return find_hermes(Path(os.environ.get("ROUTERD_HERMES_VENV") or DEFAULT_VENV))
+    except HermesMissing as error:
+        return error
+
+
+def find_hermes(venv: Path) -> Path:
+    """The ``hermes`` command of this virtual environment, made first if it has to be. Raises HermesMissing."""
     program = venv / "bin" / "hermes"
-    if not program.exists():
-        with _locked(venv):  # test processes run side by side
+    if program.exists():
+        return program
+    try:
+        with _locked(venv.parent):  # test processes run side by side
             if not program.exists():
                 _install(venv)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or error.stdout).strip().splitlines() or ["no message"]
+        raise HermesMissing(f"{REQUIREMENT} cannot be installed: {said[-1]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise HermesMissing(f"{REQUIREMENT} cannot be installed: {error}") from error
     return program
 
 
 @contextlib.contextmanager
-def _locked(venv: Path) -> Any:
-    venv.parent.mkdir(parents=True, exist_ok=True)
-    with venv.with_name(venv.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _install(venv: Path) -> None:
-    """Make the environment anew; one that was half made has no ``hermes`` and ends up here again."""
-    for command in (
-        [sys.executable, "-m", "venv", "--clear", str(venv)],
-        [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries", "1", REQUIREMENT],
-    ):
-        try:
+    """All or nothing: what is half made is removed."""
+    python = str(venv / "bin" / "python")
+    try:
+        for command in (
+            [sys.executable, "-m", "venv", "--clear", str(venv)],
+            [python, "-m", "pip", "install", "--quiet", "--retries", "1", REQUIREMENT],
+        ):
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_S)
-        except subprocess.CalledProcessError as error:
-            shutil.rmtree(venv, ignore_errors=True)
-            said = (error.stderr or error.stdout).strip().splitlines() or ["no message"]
-            raise HermesMissing(f"{REQUIREMENT} cannot be installed: {said[-1]}") from error
-        except (OSError, subprocess.TimeoutExpired) as error:
-            shutil.rmtree(venv, ignore_errors=True)
-            raise HermesMissing(f"{REQUIREMENT} cannot be installed: {error}") from error
+    except (OSError, subprocess.SubprocessError):
+        shutil.rmtree(venv, ignore_errors=True)
+        raise
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
@@ -139,10 +161,7 @@ async def run_hermes(
     top-level keys of ``config.yaml``. Skips the test if Hermes cannot be installed; a run that outlives ``timeout_s``
     is killed with all its children and raises TimeoutError.
     """
-    try:
-        program = await asyncio.to_thread(hermes_program)
-    except HermesMissing as error:
-        pytest.skip(str(error))
+    program = await asyncio.to_thread(require_hermes)
     _furnish(hermes_home, hermes_config(base_url, api_mode) | dict(config or {}))
     command = [str(program), "-z", prompt, "--usage-file", str(hermes_home / "usage.json"), "-t", toolsets]
     started = time.monotonic()
@@ -211,6 +230,6 @@ def _history(database: Path) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     try:
-        print(hermes_program())
+        print(find_hermes(Path(os.environ.get("ROUTERD_HERMES_VENV") or DEFAULT_VENV)))
     except HermesMissing as missing:
         sys.exit(str(missing))

@@ -11,7 +11,7 @@ from routerd import cli, config
 from routerd.canonical import Upstream
 
 NAME = "check"
-HELP = "Validate the configuration without starting; every problem goes to stderr with its TOML path."
+HELP = "validate the configuration without starting; every problem goes to stderr with its TOML path"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ruamel.yaml import YAML
 
 NAME = "hermes"
-HELP = "Show the Hermes Agent config for this daemon; --write puts it into $HERMES_HOME/config.yaml."
+HELP = "show the Hermes Agent config for this daemon; --write puts it into $HERMES_HOME/config.yaml"
 
 PROVIDER_NAME = "routerd"
 PLACEHOLDER = "${ROUTERD_TOKEN}"

@@ -12,7 +12,7 @@ from routerd.canonical import Price, Upstream
 from routerd.config import Config
 
 NAME = "models"
-HELP = "List what is on offer: routes, then models with their windows, prices and providers."
+HELP = "list what is on offer: routes, then models with their windows, prices and providers"
 
 HEADINGS = ("MODEL", "PROVIDER", "WINDOW", "OUTPUT", "IN", "OUT", "CACHED", "CAN")
 NUMERIC = frozenset({"WINDOW", "OUTPUT", "IN", "OUT", "CACHED"})

@@ -42,7 +42,7 @@ import msgspec
 
 from routerd.canonical import Price
 
-PREFER_USD_PER_HOUR = {"cheap": 0.0, "balanced": 2.0, "fast": 60.0}
+PREFER_USD_PER_HOUR = {"cheap": 0.0, "balanced": 2.0, "fast": 60.0}  # what ``prefer`` says an hour of waiting is worth
 TIE_BREAK_USD_PER_S = 1e-9
 
 CLASS_BOUNDS_TOKENS = (2_048, 8_192, 32_768, 131_072)  # prompts below the first bound are class 0, and so on
@@ -60,12 +60,6 @@ RATE_GAIN = 0.2  # of one answer on pace and length, when the last one was just 
 AFFINITY_ENTRIES = 4096
 BAND = 0.10
 EDGE_SHARE = 0.25  # the chance of an upstream at the edge of the band, against that of the best
-
-
-def prefer_usd_per_s(prefer: str | float) -> float:
-    """Turn ``cheap``, ``balanced``, ``fast`` or USD per hour into USD per second. Raises KeyError for other words."""
-    usd_per_hour = PREFER_USD_PER_HOUR[prefer] if isinstance(prefer, str) else prefer
-    return usd_per_hour / 3600.0
 
 
 class LatencyPolicy(msgspec.Struct, frozen=True):

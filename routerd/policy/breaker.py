@@ -58,11 +58,11 @@ RECHECK_S = 1.0  # while a probe is in flight nobody knows how long it takes; as
 WEIGHT_MIN = 0.1
 
 
-class PermitSettledTwiceError(RuntimeError):
+class PermitSettledTwice(RuntimeError):
     """An attempt told the breaker its end a second time: a bug in the caller, never an upstream's fault."""
 
 
-class NotAdmittedError(pybreaker.CircuitBreakerError):
+class NotAdmitted(pybreaker.CircuitBreakerError):
     """``begin()`` without ``forced`` while nothing is admissible; another attempt took the probe since the plan."""
 
 
@@ -190,7 +190,6 @@ class Breaker:
         "_good_since",
         "_machine",
         "_policy",
-        "_probe",
         "_recovering",
         "_reopens_at",
         "_state",
@@ -207,7 +206,6 @@ class Breaker:
         )
         self._state: State = "closed"
         self._generation = 0
-        self._probe: Permit | None = None
         self._reopens_at = 0.0
         self._exponent = 0  # the next opening lasts open_s doubled so many times
         self._recovering = False  # a slow start to finish, or openings to forgive
@@ -251,16 +249,17 @@ class Breaker:
     # --- an attempt -------------------------------------------------------------------------------------------------
 
     def begin(self, now: float, *, forced: bool = False) -> Permit:
-        """Admit an attempt; it is the probe if an opening's time is up. Raises NotAdmittedError where not allowed.
+        """Admit an attempt; it is the probe if an opening's time is up. Raises NotAdmitted where not allowed.
 
         ``forced`` is the panic rule: nothing else is left, so it goes through whatever the state.
         """
         if self._state == "closed":
             return Permit(self._generation)
         if self.allows(now):
-            return self._begin_probe()
+            self._machine.half_open()
+            return Permit(self._generation, probe=True)
         if not forced:
-            raise NotAdmittedError(repr(self))
+            raise NotAdmitted(repr(self))
         return Permit(self._generation)
 
     def success(self, permit: Permit, now: float) -> None:
@@ -295,7 +294,6 @@ class Breaker:
         """The end says nothing of the upstream. A probe that ends so leaves its place to the next request."""
         if self._settle(permit) and permit.probe:
             self._asked_at = now
-            self._probe = None
             self._machine.open()
 
     # --- restarts ---------------------------------------------------------------------------------------------------
@@ -326,14 +324,9 @@ class Breaker:
     def _settle(self, permit: Permit) -> bool:
         """True if the permit's end counts: nothing opened or closed since it was issued."""
         if permit.settled:
-            raise PermitSettledTwiceError(repr(self))
+            raise PermitSettledTwice(repr(self))
         permit.settled = True
         return permit.generation == self._generation
-
-    def _begin_probe(self) -> Permit:
-        permit = self._probe = Permit(self._generation, probe=True)
-        self._machine.half_open()
-        return permit
 
     def _count_failure(self, now: float) -> bool:
         """Record it; True if that trips. The cost is one pass over the window, and only failures pay it."""
@@ -361,12 +354,10 @@ class Breaker:
         self._asked_at = now
         self._reopens_at = now + _longer_s(duration_s, retry_after_s)
         self._generation += 1
-        self._probe = None
         self._machine.open()
 
     def _close(self, now: float) -> None:
         self._generation += 1
-        self._probe = None
         self._times.clear()
         self._failed.clear()
         self._recovering = True
@@ -387,7 +378,7 @@ class Breaker:
         if self._state == "open":
             doing = f"open {self.reopens_in_s(self._asked_at):.1f}s left"
         else:
-            doing = "half-open, probe in flight" if self._probe else self._state
+            doing = "half-open, probe in flight" if self._state == "half-open" else self._state
         return f"<Breaker {self.name} {doing}, {self._failed.count(True)}/{len(self._failed)} failed>"
 
 

@@ -222,8 +222,9 @@ def read_evidence(status: int | None, headers: Mapping[str, str], body: bytes) -
 
 
 def fault_evidence(fault: Fault) -> Evidence:
-    """An error event inside a 200 as evidence."""
-    return Evidence(fault.status, code=fault.code[:MAX_NAME].lower(), text=fault.message[:MAX_TEXT].lower())
+    """An error event inside a 200 as evidence. A status that is no error's says nothing."""
+    status = fault.status if fault.status is not None and fault.status >= 400 else None
+    return Evidence(status, code=fault.code[:MAX_NAME].lower(), text=fault.message[:MAX_TEXT].lower())
 
 
 def _strip_framing(data: bytes) -> bytes:

@@ -246,7 +246,7 @@ Step = Turn | Callable[[Received], Turn]
 class Script:
     """The turns of a server, one for each chat request in order of arrival; the last one repeats.
 
-    A step may be a function of the request instead. None at all is one healthy turn.
+    A step may be a function of the request instead (it cannot refuse). None at all is one healthy turn.
     """
 
     def __init__(self, *steps: Step) -> None:
@@ -1014,6 +1014,8 @@ class SimulatedServer:
 
     def _next_turn(self, request: Received) -> Turn:
         turn = self._script.play(request)
+        if turn.fault and turn.fault.kind == "refuse":
+            raise ValueError("a function of the request cannot refuse it: it has come already")
         self._follow_script()
         if not self.refusing:
             return turn

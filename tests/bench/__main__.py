@@ -22,6 +22,8 @@ TARGETS: dict[str, Target] = {target.name: target for target in (Direct(), Nginx
 SLOW_TARGETS = {"litellm"}
 PLAN = "plan"
 NOT_ASKED = "not asked for"
+TOLERABLE_PERCENT = 15
+INTERRUPTED = 130  # as a shell says it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except instruments.Unavailable as error:
             print(f"bench: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            return INTERRUPTED
     print(report.table())
     if options.json:
         Path(options.json).write_bytes(report.json())
@@ -80,22 +84,26 @@ def every_scenario(pace: Pace, most_streams: int) -> list[Scenario]:
 
 def measure(options: argparse.Namespace, directory: Path) -> Report:
     """The whole run. Raises Unavailable where the instruments themselves cannot be had."""
-    pace = QUICK if options.quick else FULL
-    if options.rounds:
-        pace = dataclasses.replace(pace, rounds=options.rounds)
+    pace = pace_of(options)
     cores, most_streams = machine.pick_cores(), machine.raise_descriptor_limit()
     chosen = [one for one in every_scenario(pace, most_streams) if not options.only or one.name in options.only]
     targets, skipped = choose_targets(options)
     os.sched_setaffinity(0, {cores.load})
+    others = machine.Others.watch()
     tools = instruments.build(directory, cores.load)
     with tools.upstream(options.upstream_port) as port:
         rounds = Rounds(tools, cores, pace, Upstream("127.0.0.1", port), targets, skipped=skipped)
         rounds.run(chosen)
-    if not options.only or PLAN in options.only:
+    if PLAN in (options.only or {PLAN}):
         rounds.samples.update(planning.measure())
-    return Report(
-        describe(cores, most_streams), dataclasses.asdict(pace), [one.name for one in targets], rounds.samples, skipped
-    )
+    versions = {one.name: one.version() for one in targets}
+    place = describe(cores, most_streams, others.percent())
+    return Report(place, versions, dataclasses.asdict(pace), rounds.samples, skipped)
+
+
+def pace_of(options: argparse.Namespace) -> Pace:
+    pace = QUICK if options.quick else FULL
+    return dataclasses.replace(pace, rounds=options.rounds) if options.rounds else pace
 
 
 def choose_targets(options: argparse.Namespace) -> tuple[list[Target], dict[str, str]]:
@@ -108,9 +116,11 @@ def choose_targets(options: argparse.Namespace) -> tuple[list[Target], dict[str,
     return [*found, *options.target], skipped
 
 
-def describe(cores: machine.Cores, most_streams: int) -> str:
+def describe(cores: machine.Cores, most_streams: int, others_percent: float) -> str:
     """What the figures were taken on, with whatever makes them weaker."""
-    found = machine.describe()
+    found = f"{machine.describe()}; other programs took {others_percent:.0f} % of a core"
+    if others_percent > TOLERABLE_PERCENT:
+        found += " (a BUSY machine: read the ratios, not the figures)"
     if not cores.apart:
         found += "; ONE core for server, upstream and load together: rates and latencies say little"
     if most_streams < scenarios.MANY_STREAMS:

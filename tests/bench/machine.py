@@ -157,6 +157,36 @@ def open_sockets(pid: int) -> set[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Others:
+    """What the rest of the machine does meanwhile; judged from the moment this is made."""
+
+    busy_s: float
+    own_s: float
+    at: float
+
+    @classmethod
+    def watch(cls) -> Others:
+        return cls(busy_s(), own_s(), time.monotonic())
+
+    def percent(self) -> float:
+        """Of one core, on average since then. Right only when all that we started has ended."""
+        others_s = (busy_s() - self.busy_s) - (own_s() - self.own_s)
+        return max(0.0, 100 * others_s / (time.monotonic() - self.at))
+
+
+def busy_s() -> float:
+    """Seconds all cores were at work, or wanted by us and given to another virtual machine, since the boot."""
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / TICKS_PER_S
+
+
+def own_s() -> float:
+    """CPU seconds of this process and of all it has started and waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def describe() -> str:
     """One line: processor, cores, kernel."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from tests.bench.figures import ROWS, Row, Samples, planning_rows
+from tests.bench.figures import DIRECT, ROWS, Row, Samples, planning_rows
 
 OURS = "routerd"
 EMPTY = "-"
@@ -21,10 +21,15 @@ class Report:
     """What a run found. ``skipped``: what was not measured and why, by name."""
 
     machine: str
+    versions: Mapping[str, str]  # of every target that was to be measured, in the order of the columns
     settings: Mapping[str, Any]
-    targets: Sequence[str]
     samples: Samples
     skipped: Mapping[str, str]
+
+    @property
+    def targets(self) -> list[str]:
+        """The columns: whoever has been measured."""
+        return [name for name in self.versions if any(name in by_target for by_target in self.samples.values())]
 
     def rows(self) -> list[Row]:
         """Those anybody has a figure for."""
@@ -49,7 +54,7 @@ class Report:
 
     def table(self) -> str:
         """Markdown, aligned for a terminal."""
-        peers = [target for target in self.targets if target not in ("direct", OURS)]
+        peers = [target for target in self.targets if target not in (DIRECT, OURS)] if OURS in self.targets else []
         head = ["median of the rounds", *self.targets, "±", *(f"{peer} / {OURS}" for peer in peers), "goal", ""]
         lines = [self._line(row, peers) for row in self.rows()]
         return "\n".join([*aligned([head, *lines]), *self._notes()])
@@ -66,15 +71,18 @@ class Report:
         ]
 
     def _notes(self) -> list[str]:
-        notes = [
-            "",
-            f"{self.machine}. ±: half the spread of routerd's rounds. / {OURS}: that proxy's figure in routerd's.",
-        ]
+        versions = "".join(f", {name} {version}" for name, version in self.versions.items() if version)
+        notes = ["", f"{self.machine}{versions}"]
+        notes.append(f"±: half the spread of {OURS}'s rounds; NAME / {OURS}: their figure as a multiple of {OURS}'s")
         notes += [f"{target}: {errors:,.0f} answers were wrong or missing" for target, errors in self._errors().items()]
         notes += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        return [*notes, *self._judgement()]
+
+    def _judgement(self) -> list[str]:
         missed = self.missed()
-        notes.append(f"goals missed: {'; '.join(missed)}" if missed else "every goal that was measured is met")
-        return notes
+        if not any(self.verdict(row) for row in self.rows()):
+            return []
+        return [f"goals missed: {'; '.join(missed)}" if missed else "every goal that was measured is met"]
 
     def _errors(self) -> dict[str, float]:
         errors = dict.fromkeys(self.targets, 0.0)

@@ -31,8 +31,8 @@ class Pace:
     warm_s: float  # of each kind of warm-up
 
 
-QUICK = Pace(rounds=2, fresh_rounds=1, cold_rounds=1, seconds=0.5, open_s=2.0, warm_s=0.4)
-FULL = Pace(rounds=5, fresh_rounds=2, cold_rounds=3, seconds=1.5, open_s=8.0, warm_s=1.5)
+QUICK = Pace(rounds=2, fresh_rounds=1, cold_rounds=1, seconds=0.5, open_s=2.0, warm_s=0.3)
+FULL = Pace(rounds=5, fresh_rounds=2, cold_rounds=3, seconds=1.0, open_s=8.0, warm_s=1.0)
 
 
 @dataclass
@@ -101,8 +101,8 @@ class Rounds:
                         self._measure_steady(turn, scenario, servers.get((target.name, scenario.way)))
 
     def _start(self, stack: contextlib.ExitStack, target: Target, upstream: Upstream) -> Server | None:
-        """A warm server, or None: it does not start, or (no proxy) has nobody to speak TLS for it."""
-        if target.name == DIRECT and upstream.authority:
+        """A warm server, or None: it does not start, or (direct) has nobody to speak TLS for it."""
+        if target.name in self.skipped or (target.name == DIRECT and upstream.authority):
             return None
         running = None
         with self._forgiving(target):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
+import routerd
 from tests.bench.front import Upstream
 
 MODEL = "mock"
@@ -21,6 +22,7 @@ PATH = "/v1/chat/completions"
 TOKEN = "bench-token"  # of the bench's own servers, on loopback, for as long as it runs
 UNLIMITED = 100_000_000_000
 INSTALL_S = 900
+CHECKOUT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "routerd-bench"
 AUTHORIZED = (f"Authorization: Bearer {TOKEN}",)
 
@@ -57,6 +59,10 @@ class Target(Protocol):
         """The reason it cannot run here; empty if it can. May install what is missing."""
         ...
 
+    def version(self) -> str:
+        """Which one it is; empty if unknown."""
+        ...
+
     def launch(self, upstream: Upstream, port: int, directory: Path) -> Launch: ...
 
 
@@ -71,7 +77,10 @@ class Direct:
     def why_not(self) -> str:
         return ""
 
-    def launch(self, upstream: Upstream, port: int, directory: Path) -> Launch:  # noqa: ARG002 (the protocol's)
+    def version(self) -> str:
+        return ""
+
+    def launch(self, upstream: Upstream, port: int, directory: Path) -> Launch:
         return Launch(upstream.port)
 
 
@@ -99,7 +108,10 @@ class Given:
     def why_not(self) -> str:
         return ""
 
-    def launch(self, upstream: Upstream, port: int, directory: Path) -> Launch:  # noqa: ARG002 (the protocol's)
+    def version(self) -> str:
+        return ""
+
+    def launch(self, upstream: Upstream, port: int, directory: Path) -> Launch:
         parts = urlsplit(self.url)
         headers = (f"Authorization: Bearer {self.token}",) if self.token else ()
         return Launch(
@@ -136,6 +148,9 @@ class Nginx:
     def why_not(self) -> str:
         return "" if shutil.which("nginx") else "nginx is not installed (apt-get install nginx-light)"
 
+    def version(self) -> str:
+        return nginx_version()
+
     def launch(self, upstream: Upstream, port: int, directory: Path) -> Launch:
         authority = upstream.authority
         config = directory / "nginx.conf"
@@ -158,7 +173,7 @@ listen = "127.0.0.1:{port}"
 tokens = ["${{BENCH_TOKEN}}"]
 
 [state]
-url = "sqlite:{directory}/bench.db"
+url = "sqlite:bench.db"
 
 [providers.bench]
 base_url = "{url}/v1"
@@ -181,12 +196,13 @@ class Routerd:
     def why_not(self) -> str:
         return "" if importlib.util.find_spec("routerd.__main__") else "this checkout has no routerd to serve"
 
+    def version(self) -> str:
+        return routerd.__version__
+
     def launch(self, upstream: Upstream, port: int, directory: Path) -> Launch:
         config = directory / "bench.toml"
-        config.write_text(
-            ROUTERD_CONFIG.format(port=port, directory=directory, url=upstream.url, unlimited=UNLIMITED, model=MODEL)
-        )
-        env = {"BENCH_TOKEN": TOKEN, "PYTHONPATH": str(Path(__file__).parents[2])} | trust(upstream)
+        config.write_text(ROUTERD_CONFIG.format(port=port, url=upstream.url, unlimited=UNLIMITED, model=MODEL))
+        env = {"BENCH_TOKEN": TOKEN, "STATE_DIRECTORY": str(directory), "PYTHONPATH": str(CHECKOUT)} | trust(upstream)
         command = (sys.executable, "-m", "routerd", "serve", "--config", str(config), "--listen", f"127.0.0.1:{port}")
         return Launch(port, command, env, AUTHORIZED)
 
@@ -216,6 +232,9 @@ class LiteLLM:
     def why_not(self) -> str:
         return "" if self.program.exists() else install("litellm[proxy]", self.program.parents[1])
 
+    def version(self) -> str:
+        return litellm_version(self.program.parents[1])
+
     def launch(self, upstream: Upstream, port: int, directory: Path) -> Launch:
         config = directory / "litellm.yaml"
         config.write_text(LITELLM_CONFIG.format(model=MODEL, url=upstream.url, token="sk-" + TOKEN))
@@ -223,6 +242,16 @@ class LiteLLM:
         env = LITELLM_ENV | {"HOME": str(directory)} | trust(upstream)
         headers = (f"Authorization: Bearer sk-{TOKEN}",)
         return Launch(port, (*command, "--num_workers", "1", "--telemetry", "False"), env, headers)
+
+
+def nginx_version() -> str:
+    done = subprocess.run(["nginx", "-v"], capture_output=True, text=True, check=False)
+    return done.stderr.strip().rpartition("/")[2]
+
+
+def litellm_version(home: Path) -> str:
+    found = next(home.glob("lib/*/site-packages/litellm-*.dist-info"), None)
+    return found.name.removesuffix(".dist-info").partition("-")[2] if found else ""
 
 
 def trust(upstream: Upstream) -> dict[str, str]:

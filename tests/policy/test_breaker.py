@@ -17,9 +17,9 @@ from routerd.policy.breaker import (
     Breaker,
     BreakerPolicy,
     BreakerSnapshot,
-    NotAdmittedError,
+    NotAdmitted,
     Permit,
-    PermitSettledTwiceError,
+    PermitSettledTwice,
 )
 
 POLICY = BreakerPolicy()
@@ -138,7 +138,7 @@ def test_open_refuses_until_its_time_is_up() -> None:
 
     assert not breaker.allows(14.999)
     assert breaker.reopens_in_s(12.0) == 3.0
-    with pytest.raises(NotAdmittedError):
+    with pytest.raises(NotAdmitted):
         breaker.begin(14.999)
     assert breaker.allows(15.0)
     assert breaker.reopens_in_s(15.0) == 0.0
@@ -193,7 +193,7 @@ def test_one_probe_at_a_time() -> None:
     assert breaker.state == "half-open"
     assert not breaker.allows(9999.0)
     assert breaker.reopens_in_s(9999.0) == RECHECK_S
-    with pytest.raises(NotAdmittedError):
+    with pytest.raises(NotAdmitted):
         breaker.begin(9999.0)
 
 
@@ -316,7 +316,7 @@ def test_settling_twice_is_a_bug() -> None:
     permit = breaker.begin(0.0)
     breaker.success(permit, 0.0)
 
-    with pytest.raises(PermitSettledTwiceError):
+    with pytest.raises(PermitSettledTwice):
         breaker.neutral(permit, 0.0)
 
 
@@ -363,6 +363,7 @@ def test_sustained_success_is_forgiven_one_opening_per_window() -> None:
     succeed(breaker, 105.0)  # three openings: the next would be 120 s
 
     succeed(breaker, 105.0 + 300.0)
+    succeed(breaker, 105.0 + 301.0)
     fail(breaker, 500.0, times=3)
     assert breaker.reopens_in_s(500.0) == 60.0
 
@@ -370,6 +371,41 @@ def test_sustained_success_is_forgiven_one_opening_per_window() -> None:
     succeed(breaker, 560.0 + 7200.0)
     fail(breaker, 7800.0, times=3)
     assert breaker.reopens_in_s(7800.0) == 15.0
+
+
+def test_a_failure_starts_the_good_window_anew() -> None:
+    """One failure trips nothing, but five minutes with a failure in them forgive nothing."""
+    breaker = opened()
+    succeed(breaker, 15.0)
+
+    fail(breaker, 200.0)
+    succeed(breaker, 400.0)
+    fail(breaker, 401.0, times=3)
+
+    assert breaker.reopens_in_s(401.0) == 30.0
+
+
+def test_slow_start_follows_a_trip_too() -> None:
+    """A key that works again gets its traffic back by steps, although it has no backoff to live down."""
+    breaker = Breaker("x", POLICY)
+    breaker.trip(breaker.begin(0.0), 0.0, NO_JITTER)
+
+    succeed(breaker, 600.0, times=2)
+    assert breaker.weight(600.0) == pytest.approx(0.4)
+    succeed(breaker, 600.0, times=2)
+    assert breaker.weight(600.0) == 1.0
+
+
+def test_slow_start_ends_once() -> None:
+    """Neither forgiveness nor a single failure later on takes the weight back."""
+    breaker = opened()
+    fail(breaker, 15.0)
+    succeed(breaker, 45.0)
+
+    succeed(breaker, 345.0)
+    assert breaker.weight(345.0) == 1.0
+    fail(breaker, 346.0)
+    assert breaker.weight(346.0) == 1.0
 
 
 def test_the_listener_hears_every_transition() -> None:
@@ -445,6 +481,17 @@ def test_a_closed_breaker_keeps_its_record() -> None:
     assert new.weight(0.0) == 1.0
     fail(new, 0.0, times=3)
     assert new.reopens_in_s(0.0) == 30.0
+
+
+def test_forgiveness_goes_on_after_a_restart() -> None:
+    """From the restart on, a good window takes a doubling back as ever."""
+    breaker = Breaker("x", POLICY)
+    breaker.restore(BreakerSnapshot(open=False, remaining_s=0.0, exponent=2), 1000.0)
+
+    succeed(breaker, 1300.0)
+    fail(breaker, 1301.0, times=3)
+
+    assert breaker.reopens_in_s(1301.0) == 30.0
 
 
 @pytest.mark.parametrize("remaining_s", [-5.0, math.nan, math.inf, 1e300])
@@ -542,7 +589,7 @@ class AgainstTheModel(RuleBasedStateMachine):
         model = self.model
         is_probe = model.state == "open" and self.now >= model.until
         if not (model.state == "closed" or is_probe or forced):
-            with pytest.raises(NotAdmittedError):
+            with pytest.raises(NotAdmitted):
                 self.breaker.begin(self.now)
             return
         permit = self.breaker.begin(self.now, forced=forced)
@@ -597,7 +644,7 @@ class AgainstTheModel(RuleBasedStateMachine):
     @precondition(lambda self: self.settled)
     @rule(which=st.integers(0, 99), end=st.sampled_from(["success", "neutral"]))
     def settle_again(self, which: int, end: str) -> None:
-        with pytest.raises(PermitSettledTwiceError):
+        with pytest.raises(PermitSettledTwice):
             getattr(self.breaker, end)(self.settled[which % len(self.settled)], self.now)
 
     @rule(elsewhere=st.sampled_from([0.0, 5e5]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from routerd.canonical import Failure, Fault, Outcome, Side
@@ -161,6 +161,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     status=st.integers(-1, 1000) | st.none(),
     headers=st.dictionaries(st.text(max_size=20), st.text(max_size=40), max_size=4),
@@ -379,6 +380,7 @@ IN_BAND = [
     (Fault(None, "invalid_request_error", "prompt is too long"), Outcome.UNSUPPORTED, "neutral", "settle"),
     (Fault(None, "tool_use_failed", "x"), Outcome.MALFORMED, "failure", "settle"),
     (Fault(None, "server_error", "x"), Outcome.UNAVAILABLE, "failure", "settle"),
+    (Fault(200, "", "Something happened"), Outcome.UNAVAILABLE, "failure", "settle"),
     (Fault(None, "", "Something happened"), Outcome.UNAVAILABLE, "failure", "settle"),
 ]
 

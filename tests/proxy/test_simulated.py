@@ -179,7 +179,7 @@ async def test_a_text_answer_is_streamed_in_pieces_and_says_that_it_is_simulated
     """Without tools the answer is a text in several events, ended by a finish reason and [DONE]."""
     wire = await played(Turn())
 
-    assert 200 == wire.status
+    assert wire.status == 200
     assert wire.done
     assert Told("", TEXT, [], "stop") == told(wire)
     assert len(wire.payloads) > 5
@@ -190,8 +190,8 @@ async def test_the_answers_model_is_marked_as_simulated_once() -> None:
     first = await played(Turn(), stream=False, model="big")
     again = await played(Turn(), stream=False, model="big-simulated")
 
-    assert "big-simulated" == first.json["model"]
-    assert "big-simulated" == again.json["model"]
+    assert first.json["model"] == "big-simulated"
+    assert again.json["model"] == "big-simulated"
 
 
 async def test_an_answer_that_is_not_streamed_is_one_json_body() -> None:
@@ -199,7 +199,7 @@ async def test_an_answer_that_is_not_streamed_is_one_json_body() -> None:
     wire = await played(Turn(), stream=False)
 
     assert "content-type: application/json" in wire.head
-    assert {"role": "assistant", "content": TEXT} == wire.json["choices"][0]["message"]
+    assert wire.json["choices"][0]["message"] == {"role": "assistant", "content": TEXT}
     assert wire.json["usage"]["total_tokens"] > wire.json["usage"]["completion_tokens"] > 0
 
 
@@ -207,9 +207,9 @@ async def test_an_offered_tool_is_called_with_arguments_its_schema_accepts() -> 
     """When tools are offered the answer is a short text and a call of the first one."""
     wire = await played(Turn(), tools=[TERMINAL])
 
-    assert "tool_calls" == told(wire).finish
+    assert told(wire).finish == "tool_calls"
     assert "simulated" in told(wire).text
-    assert ['{"command":"simulated"}'] == told(wire).arguments
+    assert told(wire).arguments == ['{"command":"simulated"}']
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ async def test_after_a_tools_result_the_answer_is_a_final_text() -> None:
     messages = [{"role": "user", "content": "Hello"}, {"role": "tool", "tool_call_id": "call_a", "content": "ok"}]
     wire = await played(Turn(RICH), tools=[TERMINAL], messages=messages)
 
-    assert "stop" == told(wire).finish
+    assert told(wire).finish == "stop"
     assert "the tool has answered" in told(wire).text
 
 
@@ -237,7 +237,7 @@ async def test_a_script_may_ask_for_parallel_calls() -> None:
     """``parallel`` calls are made at once, each with an id of its own."""
     wire = await played(Turn(Answer(parallel=3)), stream=False, tools=[TERMINAL])
 
-    assert 3 == len({made["id"] for made in wire.json["choices"][0]["message"]["tool_calls"]})
+    assert len({made["id"] for made in wire.json["choices"][0]["message"]["tool_calls"]}) == 3
 
 
 async def test_usage_is_streamed_only_when_asked_for() -> None:
@@ -248,15 +248,15 @@ async def test_usage_is_streamed_only_when_asked_for() -> None:
 
     last = json.loads(asked_for.payloads[-2])
     assert b"usage" not in silent.data
-    assert [] == last["choices"]
-    assert {
+    assert last["choices"] == []
+    assert last["usage"] == {
         "prompt_tokens": 100,
         "completion_tokens": 20,
         "total_tokens": 120,
         "prompt_tokens_details": {"cached_tokens": 60},
         "completion_tokens_details": {"reasoning_tokens": 5},
         "cost": 0.5,
-    } == last["usage"]
+    }
 
 
 async def test_an_answer_carries_the_headers_and_comments_of_its_script() -> None:
@@ -303,7 +303,7 @@ async def test_a_connection_serves_several_requests() -> None:
             await asyncio.get_running_loop().sock_sendall(client, request_bytes(headers="accept: */*"))
             wire = await received(client, lambda data: data.endswith(LAST_CHUNK))
             assert wire.done
-        assert (2, 1) == (server.requests, server.open_connections)
+        assert (server.requests, server.open_connections) == (2, 1)
 
 
 async def test_a_chunked_request_body_is_understood() -> None:
@@ -312,7 +312,7 @@ async def test_a_chunked_request_body_is_understood() -> None:
     chunks = b"5;x=y\r\n" + raw[:5] + b"\r\n%x\r\n" % len(raw[5:]) + raw[5:] + b"\r\n0\r\ntrailer: 1\r\n\r\n"
     head = b"POST /v1/chat/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n"
     async with served() as server:
-        assert 200 == (await asked(server, head + chunks)).status
+        assert (await asked(server, head + chunks)).status == 200
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ async def test_other_requests_are_answered_plainly(raw: bytes, status: int) -> N
     """Models are listed, what is not HTTP or too large is refused, and none of it plays a turn."""
     async with served(Turn(fault=Fault("reset"))) as server:
         assert status == (await asked(server, raw)).status
-        assert 0 == server.requests
+        assert server.requests == 0
 
 
 async def test_models_carry_a_context_length() -> None:
@@ -341,7 +341,7 @@ async def test_models_carry_a_context_length() -> None:
     async with served(models=("a", "b")) as server:
         wire = await asked(server, b"GET /v1/models HTTP/1.1\r\nconnection: close\r\n\r\n")
 
-    assert [("a", 131072), ("b", 131072)] == [(card["id"], card["context_length"]) for card in wire.json["data"]]
+    assert [(card["id"], card["context_length"]) for card in wire.json["data"]] == [("a", 131072), ("b", 131072)]
 
 
 # --- scripts --------------------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ async def test_models_carry_a_context_length() -> None:
 async def test_turns_are_played_in_order_and_the_last_repeats() -> None:
     """Each chat request plays the next turn."""
     async with served(turn_for("503"), turn_for("429"), Turn()) as server:
-        assert [503, 429, 200, 200] == [(await asked(server)).status for _ in range(4)]
+        assert [(await asked(server)).status for _ in range(4)] == [503, 429, 200, 200]
 
 
 async def test_a_step_may_be_a_function_of_the_request() -> None:
@@ -361,7 +361,7 @@ async def test_a_step_may_be_a_function_of_the_request() -> None:
             for luck in ("no", "yes")
         ]
 
-    assert [500, 200] == statuses
+    assert statuses == [500, 200]
 
 
 @pytest.mark.parametrize("name", ["nonsense", "503:mid_text", "stall:nowhere", ""])
@@ -468,7 +468,7 @@ async def test_a_place_the_answer_lacks_falls_through_to_the_next() -> None:
     """A fault between calls strikes before the finish of an answer that only talks."""
     wire = await played(Turn(fault=Fault("eof", "between_calls")))
 
-    assert TEXT == told(wire).text
+    assert told(wire).text == TEXT
     assert not wire.done
 
 
@@ -478,7 +478,7 @@ async def test_a_model_says_what_a_faults_place_needs() -> None:
     called = await played(Turn(fault=Fault("pause", "between_calls")), tools=[TERMINAL])
 
     assert "pretends" in told(reasoned).reasoning
-    assert 2 == len(told(called).arguments)
+    assert len(told(called).arguments) == 2
 
 
 async def test_a_pause_goes_on_after_its_time() -> None:
@@ -488,7 +488,7 @@ async def test_a_pause_goes_on_after_its_time() -> None:
     wire = await played(Turn(fault=Fault("pause", "mid_text", seconds=0.1)))
 
     assert wire.done
-    assert TEXT == told(wire).text
+    assert told(wire).text == TEXT
     assert loop.time() - started >= 0.1
 
 
@@ -500,14 +500,14 @@ async def test_silence_may_be_filled_with_comments(kind: PlacedKind) -> None:
         await asyncio.get_running_loop().sock_sendall(client, request_bytes())
         wire = await received(client, lambda data: data.count(COMMENT) >= 2)
 
-    assert "" == told(wire).text
+    assert told(wire).text == ""
 
 
 async def test_an_error_event_carries_the_scripts_code() -> None:
     """The vendor's code inside a 200 decides what a router learns."""
     wire = await played(Turn(fault=Fault("error", "before_content", status=429)))
 
-    assert 429 == json.loads(wire.payloads[-1])["error"]["code"]
+    assert json.loads(wire.payloads[-1])["error"]["code"] == 429
 
 
 def test_a_reset_is_a_reset_on_uvloop_too() -> None:
@@ -537,7 +537,7 @@ async def test_a_status_may_carry_any_headers_and_body() -> None:
     fault = Fault("status", status=402, headers=(("retry-after", "30"),), body=b"[]")
     wire = await played(Turn(fault=fault))
 
-    assert (402, b"[]") == (wire.status, wire.body)
+    assert (wire.status, wire.body) == (402, b"[]")
     assert "retry-after: 30" in wire.head
 
 
@@ -587,7 +587,7 @@ async def test_the_output_limit_cuts_a_text() -> None:
     """Without a call, the text stops in the middle and the finish reason is ``length``."""
     wire = await played(turn_for("length"))
 
-    assert "length" == told(wire).finish
+    assert told(wire).finish == "length"
     assert cut(told(wire).text, TEXT)
 
 
@@ -656,9 +656,9 @@ async def test_closing_the_server_ends_what_hangs() -> None:
         await answering_is(server, 1, changed)
         await server.close()
 
-        assert (0, 0) == (server.answering, server.open_connections)
-        assert "eof" == (await received(client)).end
-        assert 1 == len(asyncio.all_tasks())
+        assert (server.answering, server.open_connections) == (0, 0)
+        assert (await received(client)).end == "eof"
+        assert len(asyncio.all_tasks()) == 1
 
 
 async def test_a_reader_that_stops_stops_the_server() -> None:
@@ -670,14 +670,18 @@ async def test_a_reader_that_stops_stops_the_server() -> None:
         await answering_is(server, 1, changed)
         await asyncio.sleep(SILENCE_S)
 
-        assert 1 == server.answering
+        assert server.answering == 1
 
 
-async def test_a_failing_step_is_reported_and_hangs_nobody() -> None:
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [(lambda request: turn_for(request.headers["x-missing"]), KeyError), (lambda _: turn_for("refuse"), ValueError)],
+)
+async def test_a_failing_step_is_reported_and_hangs_nobody(step: Step, error: type[Exception]) -> None:
     """A script's own mistake closes the connection and reaches the loop's exception handler."""
     reported: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: reported.append(context))
-    async with served(lambda request: turn_for(request.headers["x-missing"])) as server:
-        assert Wire(b"", "eof") == await asked(server)
+    async with served(step) as server:
+        assert await asked(server) == Wire(b"", "eof")
 
-    assert [KeyError] == [type(context["exception"]) for context in reported]
+    assert [type(context["exception"]) for context in reported] == [error]

@@ -1,0 +1,383 @@
+"""Requests of the chat dialect: what routing needs to know of one, and one as an upstream wants it.
+
+Theory of operation
+-------------------
+A request is read twice, and never in full. ``read_head`` builds the few fields routing needs and leaves each message's
+content as raw bytes. ``patch_request`` rewrites top-level fields and leaves ``messages`` and ``tools`` byte for byte as
+they were, which is what an upstream's prompt cache is keyed on.
+
+Messages are opened only if a ``Fix`` asks for it and a search of the bytes says it can apply. The search is exact:
+inside a JSON string a quoted key appears as ``\\"key\\"``, so ``"key"`` with both its quotes cannot match there.
+
+What is ugly: msgspec rejects lone surrogates (``"\\ud83d"``) and broken UTF-8, which models and tools do produce when
+an emoji is cut in two. Then, and only then, the standard library reads the JSON and U+FFFD takes the broken
+character's place (``mended``; the decoders of answers use it too).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from routerd.canonical import BadRequest, Fix, Head, Upstream
+
+IMAGE_TOKENS: Final = 1600  # a large image at the vendors that publish a formula
+BYTES_PER_TOKEN: Final = 4
+CONVERSATION_MESSAGES_MAX: Final = 4  # the first user message is looked for no further down
+
+JSON_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+_Fields = dict[str, msgspec.Raw]
+_encode: Final = msgspec.json.Encoder().encode
+_decode_fields: Final = msgspec.json.Decoder(_Fields).decode
+
+
+def mended(data: bytes) -> bytes:
+    """Return the same JSON with U+FFFD for broken characters. Raises ``ValueError`` and ``RecursionError``."""
+    text = json.dumps(json.loads(data.decode("utf-8", "replace")), ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+
+class _Turn(msgspec.Struct, gc=False):
+    role: str | None = None
+    content: msgspec.Raw = msgspec.Raw()
+
+
+class _StreamOptions(msgspec.Struct, gc=False):
+    include_usage: bool | None = None
+
+
+class _Request(msgspec.Struct, gc=False):
+    model: str | None = None
+    messages: list[_Turn] | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    tools: msgspec.Raw = msgspec.Raw()
+    functions: msgspec.Raw = msgspec.Raw()
+
+
+_decode_request: Final = msgspec.json.Decoder(_Request).decode
+_LIST_START: Final = ord("[")
+_IMAGE_KEY: Final = re.compile(rb'(?<!\\)"image_url"\s*:')
+_DATA_URL: Final = re.compile(rb'"data:[^",]*;base64,[^"]*"')
+
+
+def read_head(body: bytes) -> Head:
+    """See ``Dialect.read_head``. The estimate of prompt tokens takes the whole body for prompt: it nearly is."""
+    request = _read_request(body)
+    if not request.model:
+        raise BadRequest('"model" is missing: name a route or a model that GET /v1/models lists')
+    if not request.messages:
+        raise BadRequest('"messages" is missing or empty: send at least one message')
+    images, image_bytes = _images(request.messages)
+    options = request.stream_options
+    return Head(
+        model=request.model,
+        stream=request.stream is True,
+        tools=_is_filled(request.tools) or _is_filled(request.functions),
+        images=images > 0,
+        include_usage=options is not None and options.include_usage is True,
+        max_output_tokens=request.max_completion_tokens or request.max_tokens,
+        prompt_tokens=(len(body) - image_bytes) // BYTES_PER_TOKEN + images * IMAGE_TOKENS,
+        conversation=_conversation(request.messages),
+    )
+
+
+def _read_request(body: bytes) -> _Request:
+    try:
+        return _decode_request(body)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"the request has the wrong shape: {error}") from None
+    except JSON_ERRORS:
+        pass
+    try:
+        return _decode_request(mended(body))
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"the request has the wrong shape: {error}") from None
+    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
+        raise BadRequest('the body is not JSON: send one object with "model" and "messages"') from None
+
+
+def _is_filled(array: msgspec.Raw) -> bool:
+    return len(array) > 16 or bytes(array).strip(b"[] \t\r\n") not in (b"", b"null")
+
+
+def _conversation(turns: list[_Turn]) -> int:
+    """Hash what stays the same through all turns: everything up to the first user message.
+
+    A checksum and a length, not a digest: it says which prompt cache may be warm and guards nothing, and a digest of a
+    long system prompt would cost more than all the rest of reading the request.
+    """
+    checksum = length = 0
+    for turn in turns[:CONVERSATION_MESSAGES_MAX]:
+        checksum = zlib.crc32(turn.content, checksum)
+        length += len(turn.content)
+        if turn.role == "user":
+            break
+    return length << 32 | checksum
+
+
+def _images(turns: list[_Turn]) -> tuple[int, int]:
+    """Return how many images there are, and how many bytes they take up as data in the request."""
+    count = size = 0
+    for turn in turns:
+        content = turn.content
+        if content and memoryview(content)[0] == _LIST_START:
+            text = bytes(content)
+            if b'"image_url"' in text:
+                count += len(_IMAGE_KEY.findall(text))
+                size += sum(map(len, _DATA_URL.findall(text)))
+    return count, size
+
+
+# --- patched ----------------------------------------------------------------------------------------------------------
+
+_TRUE: Final = msgspec.Raw(b"true")
+_FALSE: Final = msgspec.Raw(b"false")
+_NULL: Final = msgspec.Raw(b"null")
+_EMPTY_STRING: Final = msgspec.Raw(b'""')
+_EMPTY_ARGUMENTS: Final = msgspec.Raw(b'"{}"')
+_BLANK_REASONING: Final = msgspec.Raw(b'" "')  # an empty string is refused like a missing one
+_SYSTEM: Final = msgspec.Raw(b'"system"')
+_USAGE_WANTED: Final = msgspec.Raw(b'{"include_usage":true}')
+_OUTPUT_FIELDS: Final = ("max_completion_tokens", "max_tokens")  # the first stands if both are sent
+_REASONING_FIELDS: Final = ("reasoning_content", "reasoning", "reasoning_details")
+
+
+def patch_request(body: bytes, head: Head, upstream: Upstream) -> bytes:
+    """See ``Dialect.patch_request``."""
+    fields, fix = _read_fields(body), upstream.fix
+    fields["model"] = msgspec.Raw(_encode(upstream.wire_model))
+    _patch_stream(fields, head, fix)
+    _patch_output(fields, upstream)
+    _patch_options(fields, head, fix)
+    _patch_tools(fields, head, fix)
+    _patch_messages(fields, fix)
+    for name in fix.rejected_fields:
+        fields.pop(name, None)
+    return _encode(fields)
+
+
+def _read_fields(body: bytes) -> _Fields:
+    try:
+        return _decode_fields(body)
+    except JSON_ERRORS:
+        return _decode_fields(mended(body))
+
+
+def _patch_stream(fields: _Fields, head: Head, fix: Fix) -> None:
+    if (bytes(fields.get("stream", _FALSE)) == b"true") != head.stream:
+        fields["stream"] = _TRUE if head.stream else _FALSE
+    if not head.stream or not fix.stream_usage:
+        fields.pop("stream_options", None)
+        return
+    options = bytes(fields.get("stream_options", _NULL))
+    if b'"' not in options:
+        fields["stream_options"] = _USAGE_WANTED
+    else:
+        fields["stream_options"] = msgspec.Raw(_encode(_decode_fields(options) | {"include_usage": _TRUE}))
+
+
+def _patch_output(fields: _Fields, upstream: Upstream) -> None:
+    """Clamp the output to what the model can give, under the name it knows. Nothing asked for stays nothing."""
+    found = [name for name in _OUTPUT_FIELDS if bytes(fields.get(name, _NULL)) != b"null"]
+    if not found:
+        return
+    tokens = int(bytes(fields[found[0]]))
+    if upstream.max_output_tokens is not None:
+        tokens = min(tokens, upstream.max_output_tokens)
+    for name in _OUTPUT_FIELDS:
+        fields.pop(name, None)
+    fields[upstream.fix.max_tokens_field or found[0]] = msgspec.Raw(b"%d" % tokens)
+
+
+def _patch_options(fields: _Fields, head: Head, fix: Fix) -> None:
+    if not fix.temperature:
+        fields.pop("temperature", None)
+    if not fix.parallel_tool_calls and head.tools:
+        fields["parallel_tool_calls"] = _FALSE
+    if fix.tool_choice_required != "required" and bytes(fields.get("tool_choice", _NULL)) == b'"required"':
+        fields["tool_choice"] = msgspec.Raw(_encode(fix.tool_choice_required))
+
+
+class _Named(msgspec.Struct, gc=False):
+    name: Any = None
+
+
+class _Tool(msgspec.Struct, gc=False):
+    function: _Named | None = None
+
+
+_decode_tools: Final = msgspec.json.Decoder(list[_Tool]).decode
+_decode_list: Final = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_objects: Final = msgspec.json.Decoder(list[_Fields]).decode
+
+
+def _patch_tools(fields: _Fields, head: Head, fix: Fix) -> None:
+    if not fix.unique_tool_names or not head.tools or "tools" not in fields:
+        return
+    try:
+        tools = _decode_tools(fields["tools"])
+    except JSON_ERRORS:
+        return  # not as tools are: the upstream will say so better
+    first = {tool.function.name: place for place, tool in reversed([*enumerate(tools)]) if tool.function is not None}
+    kept = [
+        raw
+        for place, (tool, raw) in enumerate(zip(tools, _decode_list(fields["tools"]), strict=True))
+        if tool.function is None or first[tool.function.name] == place
+    ]
+    if len(kept) < len(tools):
+        fields["tools"] = msgspec.Raw(_encode(kept))
+
+
+def _is_role(message: _Fields, role: bytes) -> bool:
+    return bytes(message.get("role", _NULL)) == role
+
+
+def _is_empty(message: _Fields, name: str) -> bool:
+    return bytes(message.get(name, _NULL)) in (b"null", b'""')
+
+
+def _no_developer(message: _Fields) -> bool:
+    if not _is_role(message, b'"developer"'):
+        return False
+    message["role"] = _SYSTEM
+    return True
+
+
+def _tool_content_as_string(message: _Fields) -> bool:
+    if not _is_role(message, b'"tool"'):
+        return False
+    content = bytes(message.get("content", _NULL))
+    if content.startswith(b'"'):
+        return False
+    message["content"] = _EMPTY_STRING if content == b"null" else msgspec.Raw(_encode(_joined_parts(content)))
+    return True
+
+
+class _TextPart(msgspec.Struct, gc=False):
+    type: str = ""
+    text: str | None = None
+
+
+def _joined_parts(content: bytes) -> str:
+    """Return the text of a list of parts; a part without text leaves its type, so that the model knows of it."""
+    try:
+        parts = msgspec.json.decode(content, type=list[_TextPart])
+    except msgspec.ValidationError:
+        return content.decode("utf-8", "replace")
+    return "".join(part.text if part.text is not None else f"[{part.type}]" for part in parts)
+
+
+def _no_null_content(message: _Fields) -> bool:
+    if not _is_role(message, b'"assistant"') or bytes(message.get("content", _NULL)) != b"null":
+        return False
+    message["content"] = _EMPTY_STRING
+    return True
+
+
+def _no_reasoning(message: _Fields) -> bool:
+    if not _is_role(message, b'"assistant"'):
+        return False
+    return any([message.pop(name, None) is not None for name in _REASONING_FIELDS])  # noqa: C419 - all must go
+
+
+def _padded_reasoning(message: _Fields) -> bool:
+    if not _is_role(message, b'"assistant"') or "tool_calls" not in message:
+        return False
+    if not _is_empty(message, "reasoning_content") or bytes(message["tool_calls"]) in (b"null", b"[]"):
+        return False
+    other = message.get("reasoning", _NULL)  # the same text under its other name
+    known = bytes(other).startswith(b'"') and not _is_empty(message, "reasoning")
+    message["reasoning_content"] = other if known else _BLANK_REASONING
+    return True
+
+
+def _rewritten_calls(rewrite: Callable[[_Fields], bool]) -> Callable[[_Fields], bool]:
+    """Return a rewrite of a message that applies ``rewrite`` to each of its tool calls."""
+
+    def rewritten(message: _Fields) -> bool:
+        if bytes(message.get("tool_calls", _NULL)) == b"null":
+            return False
+        try:
+            calls = _decode_objects(message["tool_calls"])
+        except msgspec.ValidationError:
+            return False
+        changed = [rewrite(call) for call in calls]
+        if any(changed):
+            message["tool_calls"] = msgspec.Raw(_encode(calls))
+        return any(changed)
+
+    return rewritten
+
+
+def _no_extra_content(call: _Fields) -> bool:
+    return call.pop("extra_content", None) is not None
+
+
+def _strict_arguments(call: _Fields) -> bool:
+    try:
+        function = _decode_fields(call.get("function", _NULL))
+    except msgspec.ValidationError:
+        return False
+    arguments = bytes(function.get("arguments", _EMPTY_STRING))
+    if arguments.startswith(b'"'):
+        if _is_object(msgspec.json.decode(arguments, type=str)):
+            return False
+        function["arguments"] = _EMPTY_ARGUMENTS
+    elif arguments.startswith(b"{"):
+        function["arguments"] = msgspec.Raw(_encode(arguments.decode("utf-8", "replace")))
+    else:
+        function["arguments"] = _EMPTY_ARGUMENTS
+    call["function"] = msgspec.Raw(_encode(function))
+    return True
+
+
+def _is_object(text: str) -> bool:
+    try:
+        _decode_fields(text)
+    except JSON_ERRORS:
+        try:
+            return isinstance(json.loads(text), dict)
+        except (ValueError, RecursionError):
+            return False
+    return True
+
+
+# (the fix asks for it, bytes without which it cannot apply, the rewrite: True if it changed the message)
+_REWRITES: Final[tuple[tuple[Callable[[Fix], bool], bytes, Callable[[_Fields], bool]], ...]] = (
+    (lambda fix: not fix.developer_role, b'"developer"', _no_developer),
+    (lambda fix: fix.string_tool_content, b'"tool"', _tool_content_as_string),
+    (lambda fix: not fix.null_content, b'"assistant"', _no_null_content),
+    (lambda fix: fix.strict_arguments, b'"tool_calls"', _rewritten_calls(_strict_arguments)),
+    (lambda fix: not fix.thought_signatures, b'"extra_content"', _rewritten_calls(_no_extra_content)),
+    (lambda fix: fix.reasoning_content == "reject", b'"reasoning', _no_reasoning),
+    (lambda fix: fix.reasoning_content == "require", b'"tool_calls"', _padded_reasoning),
+)
+
+
+def _patch_messages(fields: _Fields, fix: Fix) -> None:
+    wanted = [(needle, rewrite) for asks, needle, rewrite in _REWRITES if asks(fix)]
+    if not wanted or "messages" not in fields:
+        return
+    text = bytes(fields["messages"])
+    rewrites = [rewrite for needle, rewrite in wanted if needle in text]
+    if not rewrites:
+        return
+    try:
+        messages = _decode_objects(text)
+        changed = [rewrite(message) for message in messages for rewrite in rewrites]
+    except JSON_ERRORS:
+        return  # not as messages are: the upstream will say so better
+    if any(changed):
+        fields["messages"] = msgspec.Raw(_encode(messages))
