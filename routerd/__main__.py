@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return cli.EXIT_USAGE
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()  # here, where a reader that has left can still be told from a fault
     except ConfigError as error:
         cli.print_problems(error.problems)
         return cli.EXIT_CONFIG
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return cli.EXIT_FINE
+    return code
 
 
 def _wanted(given: Sequence[str]) -> list[str]:

@@ -136,7 +136,7 @@ class TextDelta(msgspec.Struct, frozen=True, gc=False):
 
 
 class ReasoningDelta(msgspec.Struct, frozen=True, gc=False):
-    """A piece of thinking. ``signature`` is the vendor's seal on the block: sent once, at the end, often without text."""
+    """A piece of thinking. ``signature`` is the vendor's seal on the block, sent once, at the end, often alone."""
 
     index: int
     text: str

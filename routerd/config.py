@@ -27,6 +27,7 @@ import re
 import tomllib
 import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
@@ -376,7 +377,8 @@ def _suggest(word: str, known: Iterable[str]) -> str:
 
 def _maybe(word: str, choices: Iterable[str]) -> str:
     """The choice a word may have been meant for, as a question; empty if nothing is near."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    known = list(choices)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6) or [name for name in known if name.startswith(word)]
     return f'did you mean "{near[0]}"?' if near else ""
 
 
@@ -387,8 +389,8 @@ def _shown(text: str) -> str:
 
 
 def _kind(value: object) -> str:
-    names = ((bool, "true or false"), (str, "text"), ((int, float), "a number"), (list, "a list"), (dict, "a table"))
-    return next((name for types, name in names if isinstance(value, types)), "a date or time")
+    names = {bool: "true or false", str: "text", int: "a number", float: "a fraction", list: "a list", dict: "a table"}
+    return names.get(type(value), "a date or time")
 
 
 # --- parsers of single values ---------------------------------------------------------------------------------------
@@ -995,7 +997,7 @@ class _Providers:
             model.id: _shipped(model, offer, free) for model, offer in offers if not free or free.covers(offer.model)
         }
         offered = self._listed_models(table, preset, shipped)
-        if not offered:
+        if not offered and (preset or "base_url" in table):
             table.problem("models", 'list its models: models = ["name"], or a table with their windows and prices')
         return offered
 
@@ -1078,14 +1080,24 @@ class _Providers:
         offered: Sequence[_Offered],
     ) -> tuple[Limit, ...]:
         """The user's limits replace the shipped ones: an empty list means that there are none."""
-        written = table.tables("limits")
-        limits = tuple(limit for limit in map(_read_limit, written) if limit)
-        if "limits" in table:
-            if any(limit.unit == "usd" for limit in limits) and all(model.price.free for model in offered):
-                table.warning("limits", "counts dollars, but no model here has a price; give them input and output")
-            return limits
-        rules = free.rules if free else preset.limits if preset else ()
-        return catalog.limits_for(rules, [model.wire_model for model in offered])
+        written = [(limit_table, _read_limit(limit_table)) for limit_table in table.tables("limits")]
+        if "limits" not in table:
+            rules = free.rules if free else preset.limits if preset else ()
+            return catalog.limits_for(rules, [model.wire_model for model in offered])
+        for limit_table, limit in written:
+            self._check_limit(limit_table, limit, offered)
+        return tuple(limit for _, limit in written if limit)
+
+    def _check_limit(self, table: _Table, limit: Limit | None, offered: Sequence[_Offered]) -> None:
+        """A limit that could never count anything is a mistake, or at least worth a word."""
+        if limit is None:
+            return
+        counted = [model for model in offered if fnmatchcase(model.wire_model, limit.models)]
+        meant = next((model for model in offered if fnmatchcase(model.model, limit.models)), None)
+        if not counted and meant is not None:
+            table.problem("models", f'goes by the names this provider uses: "{meant.wire_model}", not "{meant.model}"')
+        if limit.unit == "usd" and counted and all(model.price.free for model in counted):
+            table.warning("usd", "counts nothing: no model it holds for has a price; give them input and output")
 
 
 _DIALECT_NAMES = ("chat", "responses", "messages")

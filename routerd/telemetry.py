@@ -17,6 +17,7 @@ import logging
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -165,7 +166,8 @@ class Telemetry:
     def __init__(self, log_file: Any = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client leaves it unannotated
         self.registry = CollectorRegistry()
-        self.log = _logger(log_file)
+        self._lines = structlog.BytesLogger(log_file or sys.stderr.buffer)
+        self.log = _logger(self._lines)
         self._define_exchange_metrics()
         self._define_attempt_metrics()
         self._define_service_metrics()
@@ -290,7 +292,7 @@ class Telemetry:
         children.count(record)
         if record.overhead_s is not None:
             self.overhead.observe(record.overhead_s)
-        self.log.info("exchange", **exchange_fields(record))
+        self._lines.msg(orjson.dumps(exchange_fields(record), option=orjson.OPT_UTC_Z))
 
     def transition(self, provider: str, model: str, before: str, after: str) -> None:
         """Count and log a breaker's change of state."""
@@ -366,8 +368,15 @@ class _ExchangeChildren:
 
 
 def exchange_fields(record: ExchangeRecord) -> dict[str, Any]:
-    """The log line: ids, outcome, tokens, cost and times; never content."""
+    """The log line: ids, outcome, tokens, cost and times; never content.
+
+    The one line per request is built here whole instead of passing the logger's processors, which cost three times as
+    much; it goes out through the same structlog writer and looks the same.
+    """
     fields: dict[str, Any] = {
+        "event": "exchange",
+        "level": "info",
+        "timestamp": datetime.now(UTC),
         "exchange": record.id,
         "route": record.route,
         "dialect": record.dialect,
@@ -399,10 +408,10 @@ def _optional_fields(record: ExchangeRecord) -> Iterator[tuple[str, Any]]:
         yield "detail", record.detail
 
 
-def _logger(log_file: Any) -> structlog.stdlib.BoundLogger:
+def _logger(lines: structlog.BytesLogger) -> structlog.stdlib.BoundLogger:
     """JSON lines on stderr (or a given binary file): journald and every log shipper read them as they are."""
     logger = structlog.wrap_logger(
-        structlog.BytesLogger(log_file or sys.stderr.buffer),
+        lines,
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),

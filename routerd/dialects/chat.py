@@ -855,7 +855,7 @@ class ChatDialect:
     """``POST /v1/chat/completions``."""
 
     name = "chat"
-    paths = ("/v1/chat/completions",)
+    paths: tuple[str, ...] = ("/v1/chat/completions",)
     upstream_path = "/chat/completions"
 
     def read_head(self, body: bytes) -> Head:

@@ -67,7 +67,7 @@ class _Request(msgspec.Struct, gc=False):
 
 
 _decode_request: Final = msgspec.json.Decoder(_Request).decode
-_LIST_START: Final = ord("[")
+_LIST_START, _STRING_START = b'["'
 _IMAGE_KEY: Final = re.compile(rb'(?<!\\)"image_url"\s*:')
 _DATA_URL: Final = re.compile(rb'"data:[^",]*;base64,[^"]*"')
 
@@ -211,7 +211,7 @@ def _patch_options(fields: _Fields, head: Head, fix: Fix) -> None:
 
 
 class _Named(msgspec.Struct, gc=False):
-    name: Any = None
+    name: str | None = None
 
 
 class _Tool(msgspec.Struct, gc=False):
@@ -240,28 +240,24 @@ def _patch_tools(fields: _Fields, head: Head, fix: Fix) -> None:
         fields["tools"] = msgspec.Raw(_encode(kept))
 
 
-def _is_role(message: _Fields, role: bytes) -> bool:
-    return bytes(message.get("role", _NULL)) == role
+def _is_null(value: msgspec.Raw) -> bool:
+    return len(value) == 4 and bytes(value) == b"null"
 
 
-def _is_empty(message: _Fields, name: str) -> bool:
-    return bytes(message.get(name, _NULL)) in (b"null", b'""')
+def _is_string(value: msgspec.Raw) -> bool:
+    return memoryview(value)[0] == _STRING_START
 
 
 def _no_developer(message: _Fields) -> bool:
-    if not _is_role(message, b'"developer"'):
-        return False
     message["role"] = _SYSTEM
     return True
 
 
 def _tool_content_as_string(message: _Fields) -> bool:
-    if not _is_role(message, b'"tool"'):
+    content = message.get("content", _NULL)
+    if _is_string(content):
         return False
-    content = bytes(message.get("content", _NULL))
-    if content.startswith(b'"'):
-        return False
-    message["content"] = _EMPTY_STRING if content == b"null" else msgspec.Raw(_encode(_joined_parts(content)))
+    message["content"] = _EMPTY_STRING if _is_null(content) else msgspec.Raw(_encode(_joined_parts(bytes(content))))
     return True
 
 
@@ -280,38 +276,42 @@ def _joined_parts(content: bytes) -> str:
 
 
 def _no_null_content(message: _Fields) -> bool:
-    if not _is_role(message, b'"assistant"') or bytes(message.get("content", _NULL)) != b"null":
+    if not _is_null(message.get("content", _NULL)):
         return False
     message["content"] = _EMPTY_STRING
     return True
 
 
 def _no_reasoning(message: _Fields) -> bool:
-    if not _is_role(message, b'"assistant"'):
-        return False
-    return any([message.pop(name, None) is not None for name in _REASONING_FIELDS])  # noqa: C419 - all must go
+    found = [name for name in _REASONING_FIELDS if name in message]
+    for name in found:
+        del message[name]
+    return bool(found)
 
 
 def _padded_reasoning(message: _Fields) -> bool:
-    if not _is_role(message, b'"assistant"') or "tool_calls" not in message:
+    if bytes(message.get("tool_calls", _NULL)) in (b"null", b"[]"):
         return False
-    if not _is_empty(message, "reasoning_content") or bytes(message["tool_calls"]) in (b"null", b"[]"):
+    if _says_something(message.get("reasoning_content", _NULL)):
         return False
     other = message.get("reasoning", _NULL)  # the same text under its other name
-    known = bytes(other).startswith(b'"') and not _is_empty(message, "reasoning")
-    message["reasoning_content"] = other if known else _BLANK_REASONING
+    message["reasoning_content"] = other if _says_something(other) else _BLANK_REASONING
     return True
+
+
+def _says_something(value: msgspec.Raw) -> bool:
+    return _is_string(value) and len(value) > 2
 
 
 def _rewritten_calls(rewrite: Callable[[_Fields], bool]) -> Callable[[_Fields], bool]:
     """Return a rewrite of a message that applies ``rewrite`` to each of its tool calls."""
 
     def rewritten(message: _Fields) -> bool:
-        if bytes(message.get("tool_calls", _NULL)) == b"null":
+        if "tool_calls" not in message:
             return False
         try:
             calls = _decode_objects(message["tool_calls"])
-        except msgspec.ValidationError:
+        except msgspec.ValidationError:  # null, most often
             return False
         changed = [rewrite(call) for call in calls]
         if any(changed):
@@ -354,29 +354,34 @@ def _is_object(text: str) -> bool:
     return True
 
 
-# (the fix asks for it, bytes without which it cannot apply, the rewrite: True if it changed the message)
-_REWRITES: Final[tuple[tuple[Callable[[Fix], bool], bytes, Callable[[_Fields], bool]], ...]] = (
-    (lambda fix: not fix.developer_role, b'"developer"', _no_developer),
-    (lambda fix: fix.string_tool_content, b'"tool"', _tool_content_as_string),
-    (lambda fix: not fix.null_content, b'"assistant"', _no_null_content),
-    (lambda fix: fix.strict_arguments, b'"tool_calls"', _rewritten_calls(_strict_arguments)),
-    (lambda fix: not fix.thought_signatures, b'"extra_content"', _rewritten_calls(_no_extra_content)),
-    (lambda fix: fix.reasoning_content == "reject", b'"reasoning', _no_reasoning),
-    (lambda fix: fix.reasoning_content == "require", b'"tool_calls"', _padded_reasoning),
+# (the fix asks for it, the role it is about, bytes without which it cannot apply, the rewrite: True if it changed)
+_Rewrite = Callable[[_Fields], bool]
+_REWRITES: Final[tuple[tuple[Callable[[Fix], bool], bytes, bytes, _Rewrite], ...]] = (
+    (lambda fix: fix.string_tool_content, b'"tool"', b'"tool"', _tool_content_as_string),
+    (lambda fix: not fix.null_content, b'"assistant"', b'"assistant"', _no_null_content),
+    (lambda fix: fix.strict_arguments, b'"assistant"', b'"tool_calls"', _rewritten_calls(_strict_arguments)),
+    (lambda fix: fix.reasoning_content == "reject", b'"assistant"', b'"reasoning', _no_reasoning),
+    (lambda fix: fix.reasoning_content == "require", b'"assistant"', b'"tool_calls"', _padded_reasoning),
+    (lambda fix: not fix.thought_signatures, b'"assistant"', b'"extra_content"', _rewritten_calls(_no_extra_content)),
+    (lambda fix: not fix.developer_role, b'"developer"', b'"developer"', _no_developer),
 )
 
 
 def _patch_messages(fields: _Fields, fix: Fix) -> None:
-    wanted = [(needle, rewrite) for asks, needle, rewrite in _REWRITES if asks(fix)]
-    if not wanted or "messages" not in fields:
+    wanted = [(role, needle, rewrite) for asks, role, needle, rewrite in _REWRITES if asks(fix)]
+    if not wanted:
         return
     text = bytes(fields["messages"])
-    rewrites = [rewrite for needle, rewrite in wanted if needle in text]
-    if not rewrites:
+    if not any(needle in text for _, needle, _ in wanted):
         return
+    rewrites: dict[bytes, list[_Rewrite]] = {}
+    for role, _, rewrite in wanted:
+        rewrites.setdefault(role, []).append(rewrite)
     try:
         messages = _decode_objects(text)
-        changed = [rewrite(message) for message in messages for rewrite in rewrites]
+        changed = [
+            rewrite(message) for message in messages for rewrite in rewrites.get(bytes(message.get("role", _NULL)), ())
+        ]
     except JSON_ERRORS:
         return  # not as messages are: the upstream will say so better
     if any(changed):

@@ -8,6 +8,7 @@ business.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 from collections.abc import Mapping
 from typing import Any
@@ -73,6 +74,7 @@ def _name_of(host: str) -> str:
     return (urlsplit(f"//{host}").hostname or "") if host.count("[") <= 1 and "/" not in host else ""
 
 
+@functools.lru_cache(maxsize=KNOWN_HOSTS_MAX)
 def is_loopback_name(name: str) -> bool:
     """True for localhost and every loopback address. An empty Host comes from HTTP/1.0 probes, never from a browser."""
     if name in ("", "localhost") or name.endswith(".localhost"):

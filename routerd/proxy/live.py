@@ -54,9 +54,10 @@ class Account:
 class LiveUpstream:
     """One upstream and all that is known of it."""
 
-    __slots__ = ("account", "breaker", "client", "in_flight", "latency", "scores", "target", "upstream")
+    __slots__ = ("account", "breaker", "client", "id", "in_flight", "latency", "scores", "target", "upstream")
 
     def __init__(self, upstream: Upstream, account: Account, breaker: Breaker, client: Client, target: Target) -> None:
+        self.id = f"{account.id} {upstream.wire_model}"  # the same across reloads and restarts
         self.upstream = upstream
         self.account = account
         self.breaker = breaker

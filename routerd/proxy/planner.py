@@ -28,7 +28,6 @@ class Plan(msgspec.Struct):
     """The choice, or why there is none."""
 
     chosen: LiveUpstream | None = None
-    terms: Terms | None = None
     probe: bool = False
     forced: bool = False
     wait_s: float = math.inf  # until somebody may be admissible
@@ -146,23 +145,20 @@ class Planner:
         if survey.probes:
             return self._planned(survey.plan, survey.probes[0], probe=True)
         candidates = survey.admitted
-        terms = self.terms(route, candidates, head, now)
-        totals = [term.total_usd for term in terms]
+        if len(candidates) == 1:
+            return self._planned(survey.plan, candidates[0], probe=False)
+        totals = [term.total_usd for term in self.terms(route, candidates, head, now)]
         for live, total in zip(candidates, totals, strict=True):
             live.scores[route.name] = total
-        place = 0
-        if len(candidates) > 1:
-            place = order(totals, [live.breaker.weight(now) for live in candidates], draw)[0]
-        plan = self._planned(survey.plan, candidates[place], probe=False)
-        plan.terms = terms[place]
-        return plan
+        first = order(totals, [live.breaker.weight(now) for live in candidates], draw)[0]
+        return self._planned(survey.plan, candidates[first], probe=False)
 
     def terms(self, route: LiveRoute, candidates: Sequence[LiveUpstream], head: Head, now: float) -> list[Terms]:
         """The terms of each candidate's score for this request."""
         hit = self._affinity.hit_tokens
         return score_all(
             [
-                (live.upstream.price, live.latency, hit(head.conversation, live, head.prompt_tokens, now))
+                (live.upstream.price, live.latency, hit(head.conversation, live.id, head.prompt_tokens, now))
                 for live in candidates
             ],
             prompt_tokens=head.prompt_tokens,

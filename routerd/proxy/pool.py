@@ -53,6 +53,7 @@ class Ticket(msgspec.Struct):
     route: LiveRoute
     limits: Limits
     wait_ticket: int
+    prompt_tokens: int
     began_at: float
     first_token_at: float | None = None
     connected: bool = False  # the upstream answered at all
@@ -170,6 +171,7 @@ class Pool:
             route,
             self._limits(plan, live, head, now),
             live.latency.begin_wait(head.prompt_tokens, now),
+            head.prompt_tokens,
             now,
         )
         live.in_flight += 1
@@ -217,7 +219,9 @@ class Pool:
     def first_token(self, ticket: Ticket, now: float) -> None:
         """The first content token is here."""
         ticket.first_token_at = now
-        ticket.live.latency.end_wait(ticket.wait_ticket)
+        latency = ticket.live.latency
+        latency.end_wait(ticket.wait_ticket)
+        latency.observe_first_token(ticket.prompt_tokens, now - ticket.began_at, now)
 
     def note_headers(self, ticket: Ticket, headers: Mapping[str, str]) -> None:
         """Let a good answer's rate-limit headers correct the ledger."""
@@ -258,7 +262,7 @@ class Pool:
         self._teach_latency(ticket, lesson, usage, head, now)
         self._settle_quota(ticket, failure, lesson, usage, cost_usd, now, wall)
         if failure is None and usage is not None:
-            self._affinity.remember(head.conversation, live, usage.input_tokens or head.prompt_tokens, now)
+            self._affinity.remember(head.conversation, live.id, usage.input_tokens or head.prompt_tokens, now)
         record = _attempt_record(ticket, failure, usage, cost_usd, chunks, now)
         self._telemetry.attempt(record)
         for route in tuple(self._waiting.values()):
@@ -279,8 +283,6 @@ class Pool:
 
     def _teach_latency(self, ticket: Ticket, lesson: Verdict, usage: Usage | None, head: Head, now: float) -> None:
         latency, first_at = ticket.live.latency, ticket.first_token_at
-        if first_at is not None:
-            latency.observe_first_token(head.prompt_tokens, first_at - ticket.began_at, now)
         if lesson.breaker == "success":
             latency.observe_success(now)
             if first_at is not None and usage is not None:
@@ -387,20 +389,17 @@ class Pool:
             account.quota.restore(quotas.get(account.id, {}), now, wall)
         self._saved_budgets = _by_owner(await self._store.load("budget"))
         upstreams = await self._store.load("upstream")
-        for key, live in self._named():
-            _restore_upstream(live, upstreams.get(key), now, wall)
+        for live in self._live.values():
+            _restore_upstream(live, upstreams.get(live.id), now, wall)
 
     def checkpoint(self) -> None:
         """Save estimates and breakers; quotas and budgets are saved as they change."""
         now, wall = self._clock(), time.time()
         rows = []
-        for key, live in self._named():
+        for live in self._live.values():
             saved = SavedUpstream(live.breaker.snapshot(now), live.latency.snapshot(now), wall)
-            rows.append(Row("upstream", key, msgspec.json.encode(saved), wall))
+            rows.append(Row("upstream", live.id, msgspec.json.encode(saved), wall))
         self._store.enqueue(rows)
-
-    def _named(self) -> list[tuple[str, LiveUpstream]]:
-        return [(f"{live.account.id} {live.upstream.wire_model}", live) for live in self._live.values()]
 
     async def close(self) -> None:
         for client in self._clients.values():

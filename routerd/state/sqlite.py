@@ -40,8 +40,7 @@ from typing import Any
 from routerd.state.store import Row, StateError
 
 COALESCE_S = 0.25  # how long an enqueued row may wait for others
-MAX_PENDING = 65_536  # rows waiting for the writer
-MAX_WAITERS = 16_384  # callers waiting for the writer
+MAX_PENDING = 65_536  # rows, and callers, waiting for the writer
 BUSY_S = 5.0  # how long another program's lock on the database is waited for
 KEEP_S = 92 * 86_400.0  # a row that was not renewed for so long is past every window
 PRUNE_ROWS = 1000  # rows removed at once, so that pruning never holds writers up for long
@@ -89,13 +88,18 @@ Work = tuple[list[Row], list[Waiter], list[Load], bool]
 
 
 class SqliteStore:
-    """A store in the file ``path``. StateError if that cannot be opened, is newer, or is in use by another process."""
+    """A store in the file ``path``. StateError if that cannot be opened, is newer, or is in use by another process.
 
-    def __init__(self, path: Path) -> None:
+    ``commits``: transactions so far. ``dropped``: enqueued rows that were lost because the disk could not keep up.
+    """
+
+    def __init__(self, path: Path, *, busy_s: float = BUSY_S, max_pending: int = MAX_PENDING) -> None:
         self.warnings: tuple[str, ...] = ()
         self.commits = 0
         self.dropped = 0
         self._path = path.resolve()
+        self._busy_s = busy_s
+        self._max_pending = max_pending
         self._lock_fd = _lock(self._path)
         try:
             self._database = self._open()
@@ -117,11 +121,11 @@ class SqliteStore:
 
     def _open(self) -> sqlite3.Connection:
         try:
-            return _connect(self._path)
+            return _connect(self._path, self._busy_s)
         except DamagedError:
             aside = _move_aside(self._path)
             self.warnings = (DAMAGE_WARNING.format(path=self._path, aside=aside.name),)
-            return _connect(self._path)
+            return _connect(self._path, self._busy_s)
 
     # From the event loop
 
@@ -139,7 +143,7 @@ class SqliteStore:
         written: asyncio.Future[None] = loop.create_future()
         with self._wake:
             self._check_open()
-            if len(self._waiters) >= MAX_WAITERS:
+            if len(self._waiters) >= self._max_pending:
                 raise StateError("the disk cannot keep up: too many writes are waiting")
             self._put(rows)
             self._waiters.append((loop, written))
@@ -168,7 +172,7 @@ class SqliteStore:
     def _put(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._pending[row.kind, row.key] = row
-        while len(self._pending) > MAX_PENDING:
+        while len(self._pending) > self._max_pending:
             del self._pending[next(iter(self._pending))]
             self.dropped += 1
 
@@ -211,7 +215,7 @@ class SqliteStore:
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
                 database.execute("ROLLBACK")
-            self._failed = {(row.kind, row.key): row for row in rows[-MAX_PENDING:]}
+            self._failed = {(row.kind, row.key): row for row in rows[-self._max_pending :]}
             return StateError(f"{self._path} could not be written: {_advice(error)}")
         self.commits += 1
         return None
@@ -300,13 +304,13 @@ def _lock(path: Path) -> int:
     return fd
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, busy_s: float) -> sqlite3.Connection:
     """An open, checked, migrated database. DamagedError, or StateError for all that moving it aside would not mend."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as error:
         raise StateError(f"{path} cannot be used: {error.strerror}. {PERMISSION_ADVICE}") from error
-    database = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    database = sqlite3.connect(path, timeout=busy_s, isolation_level=None, check_same_thread=False)
     try:
         _prepare(database, path)
     except sqlite3.Error as error:

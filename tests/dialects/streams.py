@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,7 +42,7 @@ def torn_recordings(dialect: Dialect) -> list[Path]:
 
 def in_reads(data: bytes, cuts: Iterable[int]) -> list[bytes]:
     places = [0, *sorted(cuts), len(data)]
-    return [data[start:end] for start, end in zip(places, places[1:], strict=False)]
+    return [data[start:end] for start, end in itertools.pairwise(places)]
 
 
 def decode(dialect: Dialect, *reads: bytes) -> list[Frame]:

@@ -240,13 +240,13 @@ def test_second_start(dialect: Dialect) -> None:
     first = encoder.encode(Start("a", "m"))
 
     assert first
-    assert b"" == encoder.encode(Start("b", "n"))
+    assert encoder.encode(Start("b", "n")) == b""
 
 
 @every_dialect
 def test_usage_only_if_asked_for(dialect: Dialect) -> None:
     """A stream that may not carry usage still ends properly."""
-    events = [Start("a", "m"), TextDelta(0, "hi"), Finish("stop"), End()]
+    events: list[Event] = [Start("a", "m"), TextDelta(0, "hi"), Finish("stop"), End()]
     stamp = Stamp("a", "m", 1, include_usage=False)
 
     assert events == events_of(decode(dialect, encode(dialect, events, stamp)))
@@ -256,7 +256,7 @@ def test_usage_only_if_asked_for(dialect: Dialect) -> None:
 @pytest.mark.parametrize("place", range(4))
 def test_keepalive_says_nothing(dialect: Dialect, place: int) -> None:
     """A keep-alive can stand anywhere before the finish and adds no event."""
-    events = [Start(STAMP.id, STAMP.model), TextDelta(0, "a"), TextDelta(0, "b"), Finish("stop"), End()]
+    events: list[Event] = [Start(STAMP.id, STAMP.model), TextDelta(0, "a"), TextDelta(0, "b"), Finish("stop"), End()]
     encoder = dialect.encoder(STAMP)
     pieces = [encoder.encode(event) for event in events]
     pieces.insert(place, encoder.keepalive())
@@ -313,6 +313,6 @@ def test_garbage_request(dialect: Dialect, body: bytes) -> None:
     with pytest.raises(BadRequest) as refused:
         dialect.read_head(body)
 
-    assert 400 == refused.value.failure.status
+    assert refused.value.failure.status == 400
     assert Side.CLIENT is refused.value.failure.side
     assert msgspec.json.decode(dialect.encode_error(refused.value.failure))

@@ -81,7 +81,7 @@ def test_block_is_kept_until_whole() -> None:
     """Nothing of a block comes out before its blank line."""
     framer = Framer()
 
-    assert [] == framer.feed(b"data: a\n")
+    assert framer.feed(b"data: a\n") == []
     assert [Block(b"data: a\n\n", b"", b"a")] == framer.feed(b"\ndata: b")
 
 
@@ -95,10 +95,12 @@ def test_line_in_many_reads() -> None:
 @pytest.mark.parametrize("rest", [b"data: [DONE]", b"data: [DONE]\n", b"data:[DONE]\r\n", b"data: [DONE]\r\n\r"])
 def test_done_needs_no_blank_line(rest: bytes) -> None:
     """Some servers close right behind their marker."""
-    assert [b"a", b"[DONE]"] == [block.data for block in blocks(b"data: a\n\n", rest)]
+    assert [block.data for block in blocks(b"data: a\n\n", rest)] == [b"a", b"[DONE]"]
 
 
-@pytest.mark.parametrize("rest", [b"data: [DON", b"data: {}", b"data: {}\n", b"dat", b"event: x\n", b"event: x\ndata: y"])
+@pytest.mark.parametrize(
+    "rest", [b"data: [DON", b"data: {}", b"data: {}\n", b"dat", b"event: x\n", b"event: x\ndata: y"]
+)
 def test_torn_block(rest: bytes) -> None:
     """Anything else without its blank line was torn."""
     with pytest.raises(UpstreamTruncated):
@@ -121,10 +123,12 @@ def test_not_an_event_stream(stream: bytes) -> None:
 @pytest.mark.parametrize("body", [b'{"a": {"b": 1}}', b'\n\n[{"a": 1}]\n', b'\xef\xbb\xbf{"a":\r\n\r\n1}'])
 def test_json_body(body: bytes) -> None:
     """A JSON body in place of a stream becomes one block, however it arrives."""
-    assert [(BODY, body.strip(b"\xef\xbb\xbf\n"))] == [(block.event, block.data) for block in blocks(body) if block.data]
+    assert [(BODY, body.strip(b"\xef\xbb\xbf\n"))] == [
+        (block.event, block.data) for block in blocks(body) if block.data
+    ]
     reads = in_reads(body, range(1, len(body)))
     assert body.rstrip() == b"".join(block.raw for block in blocks(*reads)).rstrip()
-    assert [BODY] == [block.event for block in blocks(*reads) if block.data]
+    assert [block.event for block in blocks(*reads) if block.data] == [BODY]
 
 
 def test_torn_json_body() -> None:
@@ -136,12 +140,8 @@ def test_torn_json_body() -> None:
 @pytest.mark.parametrize("begin", [b"data: ", b": ", b'{"a": "', b"data: x\r\ndata: "])
 def test_size_is_bounded(begin: bytes) -> None:
     """A block that never ends is given up."""
-    framer = Framer()
-    framer.feed(begin)
-
     with pytest.raises(UpstreamProtocolError, match="longer"):
-        for _ in range(9):
-            framer.feed(b"x" * (BLOCK_BYTES_MAX // 8))
+        blocks(begin, *[b"x" * (BLOCK_BYTES_MAX // 8)] * 9)
 
 
 def test_repr() -> None:
@@ -149,4 +149,4 @@ def test_repr() -> None:
     framer = Framer()
     framer.feed(b"data: secret")
 
-    assert "<Framer SSE pending 12 bytes>" == repr(framer)
+    assert repr(framer) == "<Framer SSE pending 12 bytes>"
