@@ -37,6 +37,7 @@ import msgspec
 from routerd import catalog
 from routerd.canonical import Fix, Limit, Period, Price, Secret, Unit, Upstream
 from routerd.dialects import DIALECTS
+from routerd.policy.balance import PREFER_USD_PER_HOUR
 from routerd.policy.breaker import BreakerPolicy
 
 T = TypeVar("T")
@@ -53,8 +54,6 @@ NEAR_NAMES = 3
 MIN_AGENT_CONTEXT_TOKENS = 64_000  # Hermes Agent refuses to start with less
 DEFAULT_CONTEXT_TOKENS = 131_072  # of a model nobody describes
 AUTO = "auto"
-
-PREFER_USD_PER_HOUR = {"cheap": 0.0, "balanced": 2.0, "fast": 60.0}
 
 SIMULATED_FAULTS = (
     *("ok", "400", "401", "402", "403", "404", "413", "429", "500", "503", "529", "hang", "stall", "reset", "eof"),

@@ -20,7 +20,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -230,12 +230,13 @@ def _patch_tools(fields: _Fields, head: Head, fix: Fix) -> None:
         tools = _decode_tools(fields["tools"])
     except JSON_ERRORS:
         return  # not as tools are: the upstream will say so better
-    first = {tool.function.name: place for place, tool in reversed([*enumerate(tools)]) if tool.function is not None}
-    kept = [
-        raw
-        for place, (tool, raw) in enumerate(zip(tools, _decode_list(fields["tools"]), strict=True))
-        if tool.function is None or first[tool.function.name] == place
-    ]
+    seen: set[str | None] = set()
+    kept = []
+    for tool, raw in zip(tools, _decode_list(fields["tools"]), strict=True):
+        name = tool.function.name if tool.function is not None else None
+        if name is None or name not in seen:
+            kept.append(raw)
+        seen.add(name)
     if len(kept) < len(tools):
         fields["tools"] = msgspec.Raw(_encode(kept))
 

@@ -314,6 +314,10 @@ class Pool:
         elif lesson.quota in ("empty", "close"):
             _block(ticket, failure, lesson, now, wall)
         rows = self._ledger_rows(ticket, now, wall)
+        if lesson.quota == "close":
+            rows += [
+                Row("quota", f"{ticket.live.account.id} {key}", value, wall) for key, value in quota.rows(now, wall)
+            ]
         if rows:
             self._store.enqueue(rows)
 
@@ -457,7 +461,7 @@ def _block(ticket: Ticket, failure: Failure, lesson: Verdict, now: float, wall: 
         now,
         wall,
         until_now=None if failure.retry_after_s is None else now + failure.retry_after_s,
-        per=next((report.per for report in ticket.reports if report.per is not None), None),
+        per=next((report.per for report in ticket.reports if report.per is not None and report.remaining == 0), None),
         account_wide=failure.account_wide,
         draw=random.random(),
     )

@@ -234,7 +234,10 @@ _shapes = st.fixed_dictionaries(
 )
 
 
-@given(messages=st.lists(_shapes, min_size=1, max_size=4), tools=_values)
+_tools = _values | st.lists(st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": _values})}))
+
+
+@given(messages=st.lists(_shapes, min_size=1, max_size=4), tools=_tools)
 def test_every_fix_takes_every_message(messages: list[dict[str, Any]], tools: Any) -> None:
     """No shape of message or tool makes a patch fail, and a second patch has nothing left to do."""
     fix = Fix(
