@@ -329,6 +329,11 @@ class Fix(msgspec.Struct, frozen=True):
     tool_choice_required: Literal["required", "any", "auto"] = "required"  # how this upstream spells "required"
     parallel_tool_calls: bool = True  # False: sends ``parallel_tool_calls: false`` when tools are offered
     stream_usage: bool = True  # understands ``stream_options.include_usage``
+    cache_markers: bool = False  # caches only what ``cache_control`` marks; we add the marks that a client left out
+    # How a broken-off answer is taken up: a trailing assistant turn, bare or flagged, that the model goes on writing;
+    # or, where the vendor documents no such thing, a user turn that asks for it.
+    continuation: Literal["instructed", "trailing", "prefix", "partial", "flags"] = "instructed"
+    continuation_root: str = ""  # the path such a request goes to instead of the base URL's own
     rejected_fields: tuple[str, ...] = ()  # top-level fields it answers 400 or 422 to
 
 

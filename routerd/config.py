@@ -124,6 +124,8 @@ class Defaults(msgspec.Struct, frozen=True):
 
     value_of_time_usd_per_s: float
     first_token_timeout_s: float
+    first_token_floor_s: float  # what an upstream's own history may shorten first_token_timeout to
+    stall_floor_s: float
     stall_timeout_s: float  # silence between content events
     answer_timeout_s: float  # for answers that come whole
     max_wait_s: float  # holding a request for a quota reset or a breaker probe
@@ -690,6 +692,8 @@ def _read_defaults(table: _Table) -> Defaults:
     defaults = Defaults(
         value_of_time_usd_per_s=table.read("prefer", _prefer, _prefer("balanced")),
         first_token_timeout_s=table.read("first_token_timeout", _duration(0.05, 3600), 60.0),
+        first_token_floor_s=table.read("first_token_floor", _duration(0.05, 3600), 10.0),
+        stall_floor_s=table.read("stall_floor", _duration(0.05, 3600), 10.0),
         stall_timeout_s=table.read("stall_timeout", _duration(0.05, 3600), 45.0),
         answer_timeout_s=table.read("answer_timeout", _duration(0.05, 86400), 600.0),
         max_wait_s=table.read("max_wait", _duration(0, 86400), 300.0),

@@ -152,17 +152,21 @@ async def run_hermes(
     api_mode: ApiMode = "chat_completions",
     toolsets: str = "terminal",
     config: Mapping[str, Any] | None = None,
+    as_found: bool = False,
     env: Mapping[str, str] | None = None,
     timeout_s: float = RUN_S,
 ) -> HermesResult:
     """Give Hermes one task and wait until it has done it, or given it up.
 
     ``hermes_home`` is a directory for this run alone; commands of the agent start in it. ``config`` replaces or adds
-    top-level keys of ``config.yaml``. Skips the test if Hermes cannot be installed; a run that outlives ``timeout_s``
-    is killed with all its children and raises TimeoutError.
+    top-level keys of ``config.yaml``; ``as_found``: the one already in ``hermes_home`` is used as it is. Skips the test
+    if Hermes cannot be installed; a run that outlives ``timeout_s`` is killed with all its children and raises
+    TimeoutError.
     """
     program = await asyncio.to_thread(require_hermes)
-    _furnish(hermes_home, hermes_config(base_url, api_mode) | dict(config or {}))
+    (hermes_home / "tmp").mkdir(parents=True, exist_ok=True)
+    if not as_found:
+        _furnish(hermes_home, hermes_config(base_url, api_mode) | dict(config or {}))
     command = [str(program), "-z", prompt, "--usage-file", str(hermes_home / "usage.json"), "-t", toolsets]
     started = time.monotonic()
     exit_code, output = await _run(command, hermes_home, _environment(hermes_home) | dict(env or {}), timeout_s)
@@ -171,7 +175,6 @@ async def run_hermes(
 
 
 def _furnish(home: Path, config: Mapping[str, Any]) -> None:
-    (home / "tmp").mkdir(parents=True, exist_ok=True)
     (home / "config.yaml").write_text(json.dumps(config))  # JSON is YAML too
 
 

@@ -35,7 +35,11 @@ class Decoder(Protocol):
     """Reads one attempt's stream. Its frames' ``raw``, joined, are the bytes it was fed."""
 
     def feed(self, data: bytes) -> list[Frame]:
-        """Return the frames that are now whole. Raises ``UpstreamProtocolError`` on bytes that are not this dialect."""
+        """Return the frames that are now whole.
+
+        Raises ``UpstreamProtocolError``, and nothing else, on bytes that are not this dialect; the frames of the same
+        read go with them.
+        """
 
     def close(self) -> list[Frame]:
         """The upstream is at its end: return the last frames. Raises ``UpstreamTruncated`` if the answer is not whole.

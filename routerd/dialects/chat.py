@@ -247,7 +247,11 @@ class _Calls:
                 return
         identity = "" if piece.id is None else str(piece.id)
         name, arguments = function.name or "", _arguments(function.arguments)
-        call = self._find(piece.index, identity, name) or self._open(piece.index, events)
+        call = self._find(piece.index, identity, name)
+        if call is None:
+            if piece.index is None and not (identity or name or arguments):
+                return  # metadata of no call we know, such as a signature of its own
+            call = self._open(piece.index, events)
         call.id = call.id or identity
         call.name = call.name or name
         if not call.announced and call.name and (call.id or arguments):
@@ -308,9 +312,9 @@ def _read_usage(report: Any) -> UsageReport | None:
     """Read usage under any of its names; what is not a number counts as nothing.
 
     Cached tokens: ``prompt_tokens_details.cached_tokens`` (OpenAI), ``prompt_cache_hit_tokens`` (DeepSeek),
-    ``cached_tokens`` (Moonshot), ``cache_read_input_tokens`` (gateways before Anthropic's models). Where the total is
-    more than prompt and completion, the rest is reasoning that was billed as output but not counted as completion
-    (xAI, and Gemini's compatible endpoint).
+    ``cached_tokens`` (Moonshot), ``cache_read_input_tokens`` (gateways in front of Anthropic's models). Where the total
+    exceeds prompt and completion, the rest is reasoning, billed as output but not counted as completion (xAI's docs on
+    consumption say so; Gemini's compatible endpoint is seen to do the same, 2026-08).
     """
     if not isinstance(report, dict):
         return None
@@ -322,7 +326,7 @@ def _read_usage(report: Any) -> UsageReport | None:
         or _count(report.get("cached_tokens"))
         or _count(report.get("cache_read_input_tokens"))
     )
-    uncounted = max(0, _count(report.get("total_tokens")) - prompt - completion) if prompt and completion else 0
+    uncounted = max(0, _count(report.get("total_tokens")) - prompt - completion) if prompt else 0
     output = completion + uncounted
     reasoning = _count(completion_details.get("reasoning_tokens")) or uncounted
     cost = report.get("cost")

@@ -33,6 +33,7 @@ CONVERSATION_MESSAGES_MAX: Final = 4  # the first user message is looked for no 
 JSON_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 _Fields = dict[str, msgspec.Raw]
+_Rewrite = Callable[[_Fields], bool]  # changes the object in place; true if it did
 _encode: Final = msgspec.json.Encoder().encode
 _decode_fields: Final = msgspec.json.Decoder(_Fields).decode
 
@@ -304,15 +305,16 @@ def _says_something(value: msgspec.Raw) -> bool:
     return _is_string(value) and len(value) > 2
 
 
-def _rewritten_calls(rewrite: Callable[[_Fields], bool]) -> Callable[[_Fields], bool]:
-    """Return a rewrite of a message that applies ``rewrite`` to each of its tool calls."""
+def _rewritten_calls(is_fine: Callable[[bytes], bool], rewrite: _Rewrite) -> _Rewrite:
+    """Return a rewrite of a message: ``rewrite`` applied to each of its tool calls, unless they are seen to be fine."""
 
     def rewritten(message: _Fields) -> bool:
-        if "tool_calls" not in message:
+        text = bytes(message.get("tool_calls", _NULL))
+        if is_fine(text):
             return False
         try:
-            calls = _decode_objects(message["tool_calls"])
-        except msgspec.ValidationError:  # null, most often
+            calls = _decode_objects(text)
+        except msgspec.ValidationError:
             return False
         changed = [rewrite(call) for call in calls]
         if any(changed):
@@ -322,8 +324,30 @@ def _rewritten_calls(rewrite: Callable[[_Fields], bool]) -> Callable[[_Fields], 
     return rewritten
 
 
+def _has_no_extra_content(calls: bytes) -> bool:
+    return b'"extra_content"' not in calls
+
+
 def _no_extra_content(call: _Fields) -> bool:
     return call.pop("extra_content", None) is not None
+
+
+class _CalledFunction(msgspec.Struct, gc=False):
+    arguments: str
+
+
+class _CallMade(msgspec.Struct, gc=False):
+    function: _CalledFunction
+
+
+_decode_calls: Final = msgspec.json.Decoder(list[_CallMade] | None).decode
+
+
+def _has_strict_arguments(calls: bytes) -> bool:
+    try:
+        return all(_is_object(call.function.arguments) for call in _decode_calls(calls) or ())
+    except msgspec.ValidationError:
+        return False
 
 
 def _strict_arguments(call: _Fields) -> bool:
@@ -331,15 +355,11 @@ def _strict_arguments(call: _Fields) -> bool:
         function = _decode_fields(call.get("function", _NULL))
     except msgspec.ValidationError:
         return False
-    arguments = bytes(function.get("arguments", _EMPTY_STRING))
-    if arguments.startswith(b'"'):
-        if _is_object(msgspec.json.decode(arguments, type=str)):
-            return False
-        function["arguments"] = _EMPTY_ARGUMENTS
-    elif arguments.startswith(b"{"):
-        function["arguments"] = msgspec.Raw(_encode(arguments.decode("utf-8", "replace")))
-    else:
-        function["arguments"] = _EMPTY_ARGUMENTS
+    arguments = bytes(function.get("arguments", _NULL))
+    if arguments.startswith(b'"') and _is_object(msgspec.json.decode(arguments, type=str)):
+        return False
+    whole = arguments.startswith(b"{")
+    function["arguments"] = msgspec.Raw(_encode(arguments.decode())) if whole else _EMPTY_ARGUMENTS
     call["function"] = msgspec.Raw(_encode(function))
     return True
 
@@ -355,15 +375,17 @@ def _is_object(text: str) -> bool:
     return True
 
 
-# (the fix asks for it, the role it is about, bytes without which it cannot apply, the rewrite: True if it changed)
-_Rewrite = Callable[[_Fields], bool]
+_no_signatures: Final = _rewritten_calls(_has_no_extra_content, _no_extra_content)
+_only_strict_arguments: Final = _rewritten_calls(_has_strict_arguments, _strict_arguments)
+
+# (the fix asks for it, the role it is about, bytes without which it cannot apply, the rewrite)
 _REWRITES: Final[tuple[tuple[Callable[[Fix], bool], bytes, bytes, _Rewrite], ...]] = (
     (lambda fix: fix.string_tool_content, b'"tool"', b'"tool"', _tool_content_as_string),
     (lambda fix: not fix.null_content, b'"assistant"', b'"assistant"', _no_null_content),
-    (lambda fix: fix.strict_arguments, b'"assistant"', b'"tool_calls"', _rewritten_calls(_strict_arguments)),
+    (lambda fix: fix.strict_arguments, b'"assistant"', b'"tool_calls"', _only_strict_arguments),
     (lambda fix: fix.reasoning_content == "reject", b'"assistant"', b'"reasoning', _no_reasoning),
     (lambda fix: fix.reasoning_content == "require", b'"assistant"', b'"tool_calls"', _padded_reasoning),
-    (lambda fix: not fix.thought_signatures, b'"assistant"', b'"extra_content"', _rewritten_calls(_no_extra_content)),
+    (lambda fix: not fix.thought_signatures, b'"assistant"', b'"extra_content"', _no_signatures),
     (lambda fix: not fix.developer_role, b'"developer"', b'"developer"', _no_developer),
 )
 

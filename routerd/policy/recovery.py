@@ -2,15 +2,21 @@
 
 Theory of operation
 -------------------
-``next_step`` looks at four things: what the client already has (the transcript), how the attempt ended (the failure),
-what is left of the exchange's budget, and which providers refused the request itself. It answers with one step; the
-caller carries it out. The rules, in order:
+``next_step`` looks at what the client already has (the transcript), how the attempt ended and where (the failure, and
+whether a tool call had begun), and what is left of the exchange's budget. It answers with one step; the caller carries
+it out. The rules, in order:
 
 1. The client is gone: nothing is left to do.
-2. The failure is nobody's to retry (the client's own error, or a second provider agreeing that it is).
-3. Text or a call is already with the client: what follows would be said twice, so the stream fails in its own protocol.
-4. The budget (attempts, time) is spent: fail.
-5. Otherwise: try again, elsewhere first.
+2. The failure is nobody's to retry (the client's own error, or a second provider agreeing that it is), or the budget
+   (attempts, time) is spent: fail.
+3. Nothing of weight is with the client, at most reasoning: try again, elsewhere first. Nothing of it shows.
+4. Calls are with the client: whatever came next would be acted upon twice. Fail.
+5. Text is with the client, and the break was inside a tool call: make the unchanged request again, hold it, and send
+   its calls alone; the text already sent stands for their preamble.
+6. Text is with the client, and the break was in the text (or a re-run could not be joined to it): go on with it.
+   A text that must fit a schema is re-run instead, for going on with half a document invites a second beginning.
+
+Failing in mid-stream is never a clean end: an agent would take half an answer for a whole one.
 """
 
 from __future__ import annotations
@@ -29,8 +35,24 @@ class Budget(msgspec.Struct, frozen=True):
     time_s: float
 
 
+class Break(msgspec.Struct, frozen=True):
+    """Where an attempt broke off. ``structured``: the answer's text must fit a schema."""
+
+    in_call: bool = False
+    diverged: bool = False
+    structured: bool = False
+
+
 class Retry(msgspec.Struct, frozen=True):
     """Try again; nothing of the failed attempt shows."""
+
+
+class Rerun(msgspec.Struct, frozen=True):
+    """Make the same request again, hold the answer, and send what the client does not have yet."""
+
+
+class Continue(msgspec.Struct, frozen=True):
+    """Ask for the rest of the text."""
 
 
 class Fail(msgspec.Struct, frozen=True):
@@ -43,15 +65,19 @@ class Stop(msgspec.Struct, frozen=True):
     """Nobody is listening."""
 
 
-Step = Retry | Fail | Stop
+Step = Retry | Rerun | Continue | Fail | Stop
 
 
-def next_step(delivered: Transcript, failure: Failure, budget: Budget) -> Step:
+def next_step(delivered: Transcript, failure: Failure, broke: Break, budget: Budget) -> Step:
     """One decision; see the rules above."""
     if failure.outcome is Outcome.CANCELLED:
         return Stop()
-    if verdict(failure).retry == "no" or delivered.committed:
+    if verdict(failure).retry == "no" or budget.attempts <= 0 or budget.time_s <= 0:
         return Fail(failure)
-    if budget.attempts <= 0 or budget.time_s <= 0:
+    if not delivered.committed:
+        return Retry()
+    if delivered.calls or delivered.text is None:
         return Fail(failure)
-    return Retry()
+    if broke.structured or (broke.in_call and not broke.diverged):
+        return Rerun()
+    return Continue()

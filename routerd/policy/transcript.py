@@ -11,8 +11,9 @@ Two folds over the same events, one on each side of the client's socket:
     costs it nothing, and a death in the middle of a call can be re-run unseen;
   - everything at all under ``whole`` delivery.
 
-  At the finish it checks the answer: a call whose arguments are not a JSON object, or an answer with neither text nor
-  call, raises ``BadAnswer`` while the frames are still held. What it raises on, it never releases.
+  At the finish it checks the answer: a call that an agent cannot act on, or an answer with neither text nor call,
+  raises ``BadAnswer`` while the frames are still held. What it raises on, it never releases. A call whose arguments
+  could be repaired with certainty leaves in frames of its own.
 
 * ``Transcript`` (per exchange, downstream side) folds what the client has really been sent. It is all that recovery
   needs to know of the past.
@@ -44,7 +45,9 @@ from routerd.canonical import (
     Usage,
     UsageReport,
 )
+from routerd.policy.calls import BAD_ARGUMENTS, Schemas, check
 
+TEXT_CHARACTERS_MAX = 4 * 1024 * 1024  # of an answer's text kept for taking it up again
 HELD_BYTES_MAX = 16 * 1024 * 1024  # more held than this is no answer of a sane model
 
 
@@ -72,15 +75,7 @@ class Call(msgspec.Struct):
     name: str
     arguments: list[str] = msgspec.field(default_factory=list)
 
-    def parses(self) -> bool:
-        """True if the arguments are a JSON object. No arguments at all is how some vendors spell ``{}``."""
-        text = "".join(self.arguments)
-        if not text.strip():
-            return True
-        try:
-            return isinstance(msgspec.json.decode(text), dict)
-        except (msgspec.DecodeError, UnicodeError, RecursionError):
-            return False
+    repaired: str | None = None
 
 
 class Gate:
@@ -90,20 +85,31 @@ class Gate:
         "_held",
         "_held_bytes",
         "_open",
+        "_schemas",
+        "_strict",
         "_whole",
         "calls",
         "characters",
         "ended",
         "finished",
         "progress",
+        "repairs",
         "start",
         "started",
         "text",
         "usage",
     )
 
-    def __init__(self, *, whole: bool) -> None:
+    def __init__(self, *, whole: bool, schemas: Callable[[], Schemas] | None = None, strict: bool = True) -> None:
+        """``schemas`` gives those of the request's tools, asked for only when a call is made.
+
+        Not ``strict``: a call that is JSON but does not fit its schema passes. A model that insists on it should not
+        cost the turn.
+        """
         self._whole = whole
+        self._schemas = schemas
+        self._strict = strict
+        self.repairs = 0
         self._open = False  # frames pass as they come
         self._held: list[Frame] = []
         self._held_bytes = 0
@@ -133,8 +139,8 @@ class Gate:
     def _take(self, frame: Frame) -> list[Frame]:
         if not self._held:
             return [frame]
-        passed, self._held, self._held_bytes = [*self._held, frame], [], 0
-        return passed
+        self._held.append(frame)
+        return self.close()
 
     def _hold(self, frame: Frame) -> None:
         self._held.append(frame)
@@ -145,7 +151,21 @@ class Gate:
     def close(self) -> list[Frame]:
         """The upstream is at its end and the answer is whole: what is still held may go."""
         passed, self._held, self._held_bytes = self._held, [], 0
-        return passed
+        return [self._mended(frame) for frame in passed] if self.repairs else passed
+
+    def _mended(self, frame: Frame) -> Frame:
+        """The frame with repaired arguments in place of the model's; without bytes, so that it is encoded anew."""
+        if not any(type(event) in (ToolStart, ToolDelta) for event in frame.events):
+            return frame
+        repaired = {call.index: call.repaired for call in self.calls if call.repaired is not None}
+        events: list[Event] = []
+        for event in frame.events:
+            if type(event) is ToolDelta and event.index in repaired:
+                continue
+            events.append(event)
+            if type(event) is ToolStart and event.index in repaired:
+                events.append(ToolDelta(event.index, repaired[event.index]))
+        return Frame(b"", tuple(events))
 
     # --- one method per kind of event -------------------------------------------------------------------------------
 
@@ -183,13 +203,23 @@ class Gate:
         self.usage = event.usage
 
     def on_finish(self, event: Finish) -> None:
-        if any(not call.parses() for call in self.calls):
-            raise BadAnswer("bad_arguments")
+        if self.calls:
+            self._check_calls()
         if not self.calls and not self.text and event.reason in ("stop", "tool_calls"):
             raise BadAnswer("empty_answer")
         self.finished = event
         self.progress = True
         self._open = not self._whole
+
+    def _check_calls(self) -> None:
+        schemas = self._schemas() if self._schemas is not None else {}
+        for call in self.calls:
+            checked = check(call.name, "".join(call.arguments), schemas)
+            if checked.code == BAD_ARGUMENTS or (checked.code and self._strict):
+                raise BadAnswer(checked.code)
+            if checked.repaired is not None:
+                call.repaired = checked.repaired
+                self.repairs += 1
 
     def on_end(self, event: End) -> None:  # noqa: ARG002 - every fold has the same shape
         self.ended = True
@@ -214,11 +244,12 @@ _FOLDS: dict[type, Callable[[Gate, Any], None]] = {
 class Transcript:
     """Fold of the events the client has received."""
 
-    __slots__ = ("calls", "ended", "finished", "reasoning", "start", "text_characters")
+    __slots__ = ("_characters", "_text", "calls", "ended", "finished", "reasoning", "start")
 
     def __init__(self) -> None:
         self.start: Start | None = None
-        self.text_characters = 0
+        self._text: list[str] = []
+        self._characters = 0
         self.reasoning = False
         self.calls = 0
         self.finished = False
@@ -227,18 +258,23 @@ class Transcript:
     @property
     def committed(self) -> bool:
         """True once text or a call is with the client: what was said cannot be unsaid. Reasoning can be begun anew."""
-        return self.text_characters > 0 or self.calls > 0
+        return self._characters > 0 or self.calls > 0
 
     @property
     def begun(self) -> bool:
         """True once anything at all of an answer is with the client."""
         return self.start is not None or self.reasoning or self.committed
 
+    @property
+    def text(self) -> str | None:
+        """All the text the client has; None if it is more than is kept."""
+        return "".join(self._text) if self._characters <= TEXT_CHARACTERS_MAX else None
+
     def fold(self, events: Iterable[Event]) -> None:
         for event in events:
             kind = type(event)
             if kind is TextDelta:
-                self.text_characters += len(event.text)  # type: ignore[union-attr]  # kind is checked above
+                self._note(event.text)  # type: ignore[union-attr]  # kind is checked above
             elif kind is ReasoningDelta:
                 self.reasoning = True
             elif kind is ToolStart:
@@ -249,3 +285,10 @@ class Transcript:
                 self.ended = True
             elif kind is Start:
                 self.start = self.start or event  # type: ignore[assignment]  # kind is checked above
+
+    def _note(self, text: str) -> None:
+        self._characters += len(text)
+        if self._characters <= TEXT_CHARACTERS_MAX:
+            self._text.append(text)
+        else:
+            self._text.clear()

@@ -14,9 +14,10 @@ import time
 
 from routerd.canonical import Failure, Frame, Outcome, Side, UpstreamProtocolError, UpstreamTruncated, UsageReport
 from routerd.dialects import Dialect
+from routerd.policy.splice import Diverged, Splice
 from routerd.policy.transcript import BadAnswer, Gate, InBandFault
 from routerd.proxy.client import ConnectFailed, ConnectionTorn, Reply
-from routerd.proxy.downstream import GONE, ClientGone, Downstream
+from routerd.proxy.downstream import GONE, ClientGone, Sink
 from routerd.proxy.pool import Pool, Ticket
 
 ERROR_BODY_BYTES_MAX = 64 * 1024  # of an upstream's error only this much is read
@@ -51,9 +52,13 @@ _ERRORS = (
     ConnectionTorn,
     UpstreamProtocolError,
     BadAnswer,
+    Diverged,
     InBandFault,
     ClientGone,
 )
+
+# What comes after the model's own finish cannot make its answer less whole.
+_LATE = (TimeoutError, ConnectionTorn, UpstreamProtocolError, InBandFault)
 
 
 class Attempt:
@@ -61,29 +66,46 @@ class Attempt:
 
     __slots__ = (
         "_dialect",
-        "_downstream",
         "_hide_usage",
+        "_last_at",
         "_pool",
         "_reply",
+        "_sink",
+        "_splice",
         "answer",
         "chunks",
+        "diverged",
         "gate",
+        "longest_gap_s",
         "phase",
         "ticket",
     )
 
     def __init__(
-        self, pool: Pool, ticket: Ticket, dialect: Dialect, downstream: Downstream, *, whole: bool, hide_usage: bool
+        self,
+        pool: Pool,
+        ticket: Ticket,
+        dialect: Dialect,
+        sink: Sink,
+        gate: Gate,
+        *,
+        splice: Splice | None = None,
+        hide_usage: bool = False,
     ) -> None:
+        """``hide_usage``: the upstream was asked for a usage chunk that the client did not want."""
         self.ticket = ticket
-        self.gate = Gate(whole=whole)
+        self.gate = gate
         self.phase = Phase.WAITING
         self.chunks = 0
-        self.answer = b""  # of a request that does not stream
+        self.longest_gap_s = 0.0  # between two reads with content
+        self.answer = b""  # of a request that is not streamed upstream
+        self.diverged = False  # the answer could not be joined to what the client has
+        self._last_at = 0.0
         self._pool = pool
         self._dialect = dialect
-        self._downstream = downstream
-        self._hide_usage = hide_usage  # the upstream was asked for a usage chunk that the client did not want
+        self._sink = sink
+        self._splice = splice
+        self._hide_usage = hide_usage
         self._reply: Reply | None = None
 
     async def run(self, body: bytes, *, stream: bool) -> Failure | None:
@@ -93,7 +115,7 @@ class Attempt:
             async with asyncio.timeout(limits.first_token_s if stream else limits.answer_s) as watchdog:
                 return await self._call(body, stream=stream, watchdog=watchdog)
         except _ERRORS as error:
-            if self.phase is not Phase.FINISHING or isinstance(error, ClientGone) or self._downstream.blocked:
+            if self.phase is not Phase.FINISHING or not isinstance(error, _LATE) or self._sink.blocked:
                 return self._failure_of(error)
         return await self._conclude()
 
@@ -113,7 +135,7 @@ class Attempt:
 
     async def _relay(self, reply: Reply, watchdog: asyncio.Timeout) -> None:
         feed, gate = self._dialect.decoder(), self.gate
-        self._downstream.begin_attempt()
+        self._sink.begin_attempt()
         while data := await reply.read():
             frames = gate.admit(feed.feed(data))
             if gate.progress:
@@ -127,22 +149,29 @@ class Attempt:
         await self._finish()
 
     def _progress(self, watchdog: asyncio.Timeout) -> None:
-        now = asyncio.get_running_loop().time()  # the watchdog's clock; coarser than the pool's
         self.chunks += 1
+        now = time.monotonic()
         if self.phase is Phase.WAITING:
             self.phase = Phase.ANSWERING
-            self._pool.first_token(self.ticket, time.monotonic())
+            self._pool.first_token(self.ticket, now)
+        elif now - self._last_at > self.longest_gap_s:
+            self.longest_gap_s = now - self._last_at
+        self._last_at = now
+        limit_s = self.ticket.limits.stall_s
         if self.gate.finished is not None:
             self.phase = Phase.FINISHING
-            watchdog.reschedule(now + TAIL_GRACE_S)
-        else:
-            watchdog.reschedule(now + self.ticket.limits.stall_s)
+            limit_s = TAIL_GRACE_S
+        # The loop's own clock is coarser than the monotonic one; the watchdog is set by it.
+        watchdog.reschedule(asyncio.get_running_loop().time() + limit_s)
 
     async def _send(self, frames: list[Frame]) -> None:
         if self._hide_usage:
             frames = [frame for frame in frames if not _only_usage(frame)]
+        if self._splice is not None:
+            events = self._splice.feed([event for frame in frames for event in frame.events])
+            frames = [Frame(b"", tuple(events))] if events else []
         if frames:
-            await self._downstream.send(frames)
+            await self._sink.send(frames)
 
     async def _conclude(self) -> Failure | None:
         """The model had finished when the upstream fell silent or broke off: the answer is whole all the same."""
@@ -156,7 +185,7 @@ class Attempt:
     async def _finish(self) -> None:
         await self._send(self.gate.close())
         if not self.gate.ended:
-            await self._downstream.send_end_marker()
+            await self._sink.send_end_marker()
 
     # --- whole answers ----------------------------------------------------------------------------------------------
 
@@ -177,12 +206,16 @@ class Attempt:
             case ClientGone():
                 return GONE
             case TimeoutError():
-                return GONE if self._downstream.blocked else _TIMEOUTS[self.phase]
+                return GONE if self._sink.blocked else _TIMEOUTS[self.phase]
             case ConnectFailed():
                 detail = "cannot connect"
                 return Failure(Outcome.UNAVAILABLE, Side.UPSTREAM, detail, code="connect", account_wide=True)
             case ConnectionTorn():
                 return _TORN[self.phase]
+            case Diverged():
+                self.diverged = True
+                detail = "a new answer that does not go on from the old one"
+                return Failure(Outcome.MALFORMED, Side.UPSTREAM, detail, code="diverged")
             case InBandFault():
                 return self._pool.judge_fault(self.ticket, error.fault)
             case BadAnswer():

@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import msgspec
 
 from aiohttp import web
 
@@ -32,6 +35,40 @@ class ClientGone(Exception):
 
 
 GONE = Failure(Outcome.CANCELLED, Side.CLIENT, "the client hung up")
+
+
+class Sink(Protocol):
+    """Where an attempt's frames go."""
+
+    blocked: bool  # the other end takes nothing at the moment
+
+    def begin_attempt(self) -> None:
+        """A new upstream's frames follow."""
+
+    async def send(self, frames: list[Frame]) -> None:
+        """Take whole frames. Raises ``ClientGone``."""
+
+    async def send_end_marker(self) -> None:
+        """The answer is whole, but came without its terminal marker."""
+
+
+class Collector:
+    """Takes the frames of a request that does not stream: its answer is streamed upstream, and handed over whole."""
+
+    __slots__ = ("blocked", "events")
+
+    def __init__(self) -> None:
+        self.blocked = False
+        self.events: list[Event] = []
+
+    def begin_attempt(self) -> None:
+        self.events.clear()
+
+    async def send(self, frames: list[Frame]) -> None:
+        self.events += [event for frame in frames for event in frame.events]
+
+    async def send_end_marker(self) -> None:
+        self.events.append(End())
 
 
 class Downstream:
@@ -100,7 +137,8 @@ class Downstream:
 
     async def send(self, frames: list[Frame]) -> None:
         """Send whole frames in one write. Raises ``ClientGone``."""
-        data = b"".join([frame.raw for frame in frames]) if self._raw else self._encode(frames)
+        raws = [frame.raw for frame in frames] if self._raw else ()
+        data = b"".join(raws) if raws and all(raws) else self._encode(frames)
         had_content = self.first_content_at is not None
         for frame in frames:
             self.transcript.fold(frame.events)
@@ -110,17 +148,18 @@ class Downstream:
             await self._write(data)
 
     def _encode(self, frames: list[Frame]) -> bytes:
+        """Frames of another upstream than the first, or changed ones, in our own words; but only one start."""
         encode = self._require_encoder().encode
-        return b"".join([encode(event) for frame in frames for event in self._fitting(frame)])
-
-    def _fitting(self, frame: Frame) -> tuple[Event, ...]:
-        """A second start would make accumulating clients repeat the role; the first one stands."""
-        if self.transcript.start is None:
-            return frame.events
-        return tuple(event for event in frame.events if type(event) is not Start)
+        events = [event for frame in frames for event in frame.events]
+        if self.transcript.start is not None:
+            events = [event for event in events if type(event) is not Start]
+        return b"".join([encode(event) for event in events])
 
     def _require_encoder(self) -> Encoder:
         if self._encoder is None:
+            start = self.transcript.start
+            if start is not None:  # go on under the name the answer began with
+                self._stamp = msgspec.structs.replace(self._stamp, id=start.id, model=start.model)
             self._encoder = self._dialect.encoder(self._stamp)
         return self._encoder
 

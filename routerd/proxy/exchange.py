@@ -14,17 +14,21 @@ import time
 import msgspec
 from aiohttp import web
 
-from routerd.canonical import Failure, Head, Outcome, Side
+from routerd.canonical import Failure, Head, Outcome, Side, Start
 from routerd.dialects import Dialect, Stamp
+from routerd.policy.calls import Schemas
 from routerd.policy.classify import Code, agrees, blame_client
-from routerd.policy.recovery import Budget, Fail, Stop, next_step
+from routerd.policy.recovery import Break, Budget, Continue, Fail, Rerun, Step, Stop, next_step
+from routerd.policy.splice import Splice
+from routerd.policy.transcript import Gate
 from routerd.proxy.attempt import Attempt
-from routerd.proxy.downstream import GONE, ClientGone, Downstream
+from routerd.proxy.downstream import GONE, ClientGone, Collector, Downstream, Sink
 from routerd.proxy.live import LiveRoute, LiveUpstream
 from routerd.proxy.planner import Plan
 from routerd.proxy.pool import Pool, Ticket
 from routerd.telemetry import ExchangeRecord, Telemetry
 
+SCHEMA_CODES = ("unknown_tool", "missing_argument", "wrong_type")  # once is an accident; a second such call passes
 ROUND_PAUSE_S = (0.5, 2.0, 5.0, 15.0)  # before everybody is tried again; the last value repeats
 
 
@@ -55,6 +59,13 @@ class Exchange:
         self._tried: set[LiveUpstream] = set()  # in this round
         self._unfit: set[LiveUpstream] = set()  # for this request, whatever the round
         self._failures: list[tuple[LiveUpstream, Failure]] = []
+        self._step: Step | None = None  # what the last failure led to
+        self._in_call = False  # an attempt broke off inside a tool call
+        self._diverged = False  # a re-run could not be joined to what the client has
+        self._no_prefill: set[LiveUpstream] = set()  # refused to go on with a trailing assistant turn
+        # A request that does not stream is streamed upstream all the same, so that the same watchdogs guard it.
+        self._collector = None if head.stream or not head.streamable else Collector()
+        self._asked = msgspec.structs.replace(head, stream=True) if self._collector is not None else head
         stamp = Stamp(arrival.id, head.model, int(time.time()), head.include_usage)
         self.downstream = Downstream(
             arrival.request, arrival.dialect, stamp, keepalive_s=route.keepalive_s, clock=self._clock
@@ -87,7 +98,7 @@ class Exchange:
     def _plan(self) -> Plan:
         return self._pool.planner.plan(
             self._arrival.route,
-            self._arrival.head,
+            self._asked,
             now=self._clock(),
             wall=time.time(),
             draw=random.random(),
@@ -99,26 +110,26 @@ class Exchange:
 
     async def _try(self, plan: Plan, live: LiveUpstream) -> bool:
         """One attempt; True when the exchange is over."""
-        ticket = await self._pool.begin(plan, self._arrival.route, self._arrival.head, self._clock(), time.time())
+        ticket = await self._pool.begin(plan, self._arrival.route, self._asked, self._clock(), time.time())
         if ticket is None:
             return False  # somebody took the last of the quota in between: plan anew
-        attempt = self._dispatch(ticket)
+        self._note_dispatch(live)
+        attempt = self._attempt(ticket)
         failure: Failure | None = GONE  # what stands if cancellation ends the attempt
         try:
-            body = self._arrival.dialect.patch_request(self._arrival.body, self._arrival.head, live.upstream)
-            failure = await attempt.run(body, stream=self._arrival.head.stream)
+            failure = await attempt.run(self._body(ticket), stream=self._asked.stream)
             failure = failure and self._agreed(live, failure)
         finally:
             self._settle(ticket, attempt, failure)
             if failure is not None:
                 await attempt.close(whole=False)
         if failure is not None:
-            return await self._recover(live, failure)
+            return await self._recover(attempt, failure)
         await self._deliver(attempt)
         return True
 
-    def _dispatch(self, ticket: Ticket) -> Attempt:
-        upstream, head, route = ticket.live.upstream, self._arrival.head, self._arrival.route
+    def _note_dispatch(self, live: LiveUpstream) -> None:
+        upstream = live.upstream
         self._attempts_left -= 1
         if self.record.overhead_s is None:
             self.record.overhead_s = self._clock() - self._arrival.at
@@ -129,27 +140,56 @@ class Exchange:
                 "x-routerd-provider": upstream.provider,
                 "x-routerd-model": upstream.model,
                 "x-routerd-attempts": str(len(self.record.attempts) + 1),
-                **self._pool.rate_limit_headers(route, time.time()),
+                **self._pool.rate_limit_headers(self._arrival.route, time.time()),
             }
         )
-        hide_usage = head.stream and upstream.fix.stream_usage and not head.include_usage
-        whole = route.whole or not head.stream
-        return Attempt(self._pool, ticket, self._arrival.dialect, self.downstream, whole=whole, hide_usage=hide_usage)
+
+    def _attempt(self, ticket: Ticket) -> Attempt:
+        """An attempt set up for the step at hand."""
+        head, dialect = self._arrival.head, self._arrival.dialect
+        sink: Sink = self.downstream if self._collector is None else self._collector
+        rerun = isinstance(self._step, Rerun)
+        gate = Gate(
+            whole=rerun or not head.stream or self._arrival.route.whole,
+            schemas=self._schemas if head.tools else None,
+            strict=not any(failure.code in SCHEMA_CODES for _, failure in self._failures),
+        )
+        hide_usage = head.stream and ticket.live.upstream.fix.stream_usage and not head.include_usage
+        return Attempt(self._pool, ticket, dialect, sink, gate, splice=self._splice(ticket), hide_usage=hide_usage)
+
+    def _schemas(self) -> Schemas:
+        return self._arrival.dialect.tool_schemas(self._arrival.body)
+
+    def _splice(self, ticket: Ticket) -> Splice | None:
+        """How the new answer is joined to the text the client has, if it has any."""
+        sent = self.downstream.transcript.text or ""
+        if isinstance(self._step, Rerun):
+            return Splice("rerun", sent)
+        if not isinstance(self._step, Continue):
+            return None
+        ticket.continuation = self._prefills(ticket.live)
+        return Splice("prefill" if ticket.continuation else "instructed", sent)
+
+    def _prefills(self, live: LiveUpstream) -> bool:
+        return live.upstream.fix.continuation != "instructed" and live not in self._no_prefill
+
+    def _body(self, ticket: Ticket) -> bytes:
+        arrival, upstream = self._arrival, ticket.live.upstream
+        body = arrival.body
+        if isinstance(self._step, Continue):
+            manner = upstream.fix.continuation if ticket.continuation else "instructed"
+            body = arrival.dialect.continue_request(body, self.downstream.transcript.text or "", manner)
+        return arrival.dialect.patch_request(body, self._asked, upstream)
 
     def _settle(self, ticket: Ticket, attempt: Attempt, failure: Failure | None) -> None:
+        ticket.longest_gap_s = attempt.longest_gap_s
         record = self._pool.settle(
-            ticket,
-            failure,
-            attempt.gate,
-            self._arrival.head,
-            chunks=attempt.chunks,
-            now=self._clock(),
-            wall=time.time(),
+            ticket, failure, attempt.gate, self._asked, chunks=attempt.chunks, now=self._clock(), wall=time.time()
         )
         self.record.attempts.append(record)
-        if self._failures:
-            result = "success" if failure is None else "failure"
-            self._telemetry.recoveries.labels("retry", result).inc()
+        if self._step is not None:
+            step = "continue" if isinstance(self._step, Rerun | Continue) else "retry"
+            self._telemetry.recoveries.labels(step, "success" if failure is None else "failure").inc()
 
     def _agreed(self, live: LiveUpstream, failure: Failure) -> Failure:
         """A refusal that a second provider shares is the client's own error."""
@@ -158,16 +198,29 @@ class Exchange:
                 return blame_client(failure)
         return failure
 
-    async def _recover(self, live: LiveUpstream, failure: Failure) -> bool:
+    async def _recover(self, attempt: Attempt, failure: Failure) -> bool:
+        """Decide what a failure leads to; True when the exchange is over."""
+        live = attempt.ticket.live
         self._failures.append((live, failure))
-        (self._unfit if failure.outcome is Outcome.UNSUPPORTED else self._tried).add(live)
-        step = next_step(self.downstream.transcript, failure, Budget(self._attempts_left, self._waits_left_s))
-        if isinstance(step, Stop):
-            return True
+        self._in_call = self._in_call or bool(attempt.gate.calls)
+        self._diverged = self._diverged or attempt.diverged
+        self._leave_out(attempt.ticket, failure)
+        broke = Break(self._in_call, self._diverged, self._arrival.head.structured)
+        budget = Budget(self._attempts_left, self._waits_left_s)
+        self._step = step = next_step(self.downstream.transcript, failure, broke, budget)
         if isinstance(step, Fail):
             await self._fail(self._last_word(step.failure))
-            return True
-        return False
+        return isinstance(step, Fail | Stop)
+
+    def _leave_out(self, ticket: Ticket, failure: Failure) -> None:
+        """Who is not to be tried next: this one in this round, or for this request altogether."""
+        live = ticket.live
+        if failure.outcome is not Outcome.UNSUPPORTED:
+            self._tried.add(live)
+        elif ticket.continuation:
+            self._no_prefill.add(live)  # it may still take the unchanged request, or one that asks in words
+        else:
+            self._unfit.add(live)
 
     async def _deliver(self, attempt: Attempt) -> None:
         self.record.outcome = Outcome.SUCCESS
@@ -176,8 +229,16 @@ class Exchange:
         else:
             cost_usd = sum(record.cost_usd for record in self.record.attempts)
             self.downstream.describe({"x-routerd-cost-usd": f"{cost_usd:.8f}"})
-            await self.downstream.send_body(attempt.answer)
+            await self.downstream.send_body(self._answer(attempt))
         await attempt.close(whole=True)
+
+    def _answer(self, attempt: Attempt) -> bytes:
+        """The whole answer: as it came, or put together from what was streamed."""
+        if self._collector is None:
+            return attempt.answer
+        start = attempt.gate.start or Start(self._arrival.id, attempt.ticket.live.upstream.model)
+        stamp = Stamp(start.id, start.model, int(time.time()), include_usage=True)
+        return self._arrival.dialect.encode_body(self._collector.events, stamp)
 
     # --- waiting ----------------------------------------------------------------------------------------------------
 
@@ -189,9 +250,8 @@ class Exchange:
         if wait_s > self._waits_left_s or self._attempts_left <= 0:
             await self._fail(self._nobody(plan, wait_s))
             return True
-        if plan.all_tried:
-            self._rounds += 1
-            self._tried.clear()
+        self._rounds += plan.all_tried
+        self._tried.clear()  # the wait, whatever it is for, is pause enough: nobody is left out after it
         began = self._clock()
         await self._pool.wait(self._arrival.route, self._arrival.at, wait_s)
         waited_s = self._clock() - began

@@ -19,6 +19,7 @@ from routerd.canonical import Head, Secret, Upstream
 from routerd.config import Defaults, ProviderConfig, RouteConfig
 from routerd.policy.balance import Latency
 from routerd.policy.breaker import Breaker
+from routerd.policy.patience import Patience
 from routerd.policy.quota import Quota
 from routerd.providers import Provider, hooks
 from routerd.proxy.client import Client, Target
@@ -54,16 +55,38 @@ class Account:
 class LiveUpstream:
     """One upstream and all that is known of it."""
 
-    __slots__ = ("account", "breaker", "client", "id", "in_flight", "latency", "scores", "target", "upstream")
+    __slots__ = (
+        "account",
+        "breaker",
+        "client",
+        "continuation_target",
+        "id",
+        "in_flight",
+        "latency",
+        "patience",
+        "scores",
+        "target",
+        "upstream",
+    )
 
-    def __init__(self, upstream: Upstream, account: Account, breaker: Breaker, client: Client, target: Target) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        account: Account,
+        breaker: Breaker,
+        client: Client,
+        target: Target,
+        continuation_target: Target,
+    ) -> None:
         self.id = f"{account.id} {upstream.wire_model}"  # the same across reloads and restarts
         self.upstream = upstream
         self.account = account
         self.breaker = breaker
         self.client = client
         self.target = target
+        self.continuation_target = continuation_target  # for taking up a broken-off answer
         self.latency = Latency()
+        self.patience = Patience()
         self.in_flight = 0
         self.scores: dict[str, float] = {}  # route -> the last planned total, for metrics
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -57,6 +58,8 @@ class Ticket(msgspec.Struct):
     began_at: float
     first_token_at: float | None = None
     connected: bool = False  # the upstream answered at all
+    continuation: bool = False  # a broken-off answer is taken up in the vendor's own way
+    longest_gap_s: float = 0.0  # between two pieces of content
     reports: tuple[LimitReport, ...] = ()
 
 
@@ -103,11 +106,16 @@ class Pool:
         for upstream in config.upstreams:
             account, key = accounts[upstream.key]
             breaker = Breaker(f"{config.name}/{upstream.model}", policy, self._transition)
-            target = Target(self._url(config, upstream), _auth_headers(config, key))
-            self._live[upstream] = LiveUpstream(upstream, account, breaker, client, target)
+            headers = _auth_headers(config, key)
+            target = Target(self._url(config, upstream), headers)
+            continuation = Target(self._url(config, upstream, root=upstream.fix.continuation_root), headers)
+            self._live[upstream] = LiveUpstream(upstream, account, breaker, client, target, continuation)
 
-    def _url(self, config: ProviderConfig, upstream: Upstream) -> str:
+    def _url(self, config: ProviderConfig, upstream: Upstream, *, root: str = "") -> str:
+        """``root`` replaces the base URL's path."""
         base_url = self._simulated.get(config.name) or config.base_urls[upstream.dialect]
+        if root:
+            base_url = urlsplit(base_url)._replace(path=root).geturl()
         return base_url.rstrip("/") + DIALECTS[upstream.dialect].upstream_path
 
     def _transition(self, name: str, before: str, after: str) -> None:
@@ -179,11 +187,13 @@ class Pool:
         return ticket
 
     def _limits(self, plan: Plan, live: LiveUpstream, head: Head, now: float) -> Limits:
-        limits = live.account.limits
-        if not plan.probe:
-            return limits
-        patience_s = max(PROBE_PATIENCE_MIN_S, PROBE_PATIENCE * live.latency.first_token_s(head.prompt_tokens, now))
-        return msgspec.structs.replace(limits, first_token_s=min(limits.first_token_s, patience_s))
+        limits, defaults, patience = live.account.limits, self._config.defaults, live.patience
+        first_s = patience.first_token_s(head.prompt_tokens, defaults.first_token_floor_s, limits.first_token_s)
+        stall_s = patience.stall_s(head.prompt_tokens, defaults.stall_floor_s, limits.stall_s)
+        if plan.probe:
+            probe_s = max(PROBE_PATIENCE_MIN_S, PROBE_PATIENCE * live.latency.first_token_s(head.prompt_tokens, now))
+            first_s = min(first_s, probe_s)
+        return Limits(first_s, stall_s, limits.answer_s)
 
     async def _write_ahead(self, ticket: Ticket, head: Head, now: float, wall: float) -> None:
         """Windows that outlive the process are on disk before the request leaves: a kill can never overspend them."""
@@ -212,7 +222,8 @@ class Pool:
         return rows
 
     async def post(self, ticket: Ticket, body: bytes) -> Reply:
-        reply = await ticket.live.client.post(ticket.live.target, body)
+        live = ticket.live
+        reply = await live.client.post(live.continuation_target if ticket.continuation else live.target, body)
         ticket.connected = True
         return reply
 
@@ -285,6 +296,8 @@ class Pool:
         latency, first_at = ticket.live.latency, ticket.first_token_at
         if lesson.breaker == "success":
             latency.observe_success(now)
+            if first_at is not None:
+                ticket.live.patience.observe(head.prompt_tokens, first_at - ticket.began_at, ticket.longest_gap_s)
             if first_at is not None and usage is not None:
                 latency.observe_rate(usage.output_tokens, now - first_at, now)
         elif lesson.breaker in ("failure", "trip"):

@@ -15,7 +15,7 @@ How
   minute of the machine hits all of them; the table shows medians, and the spread of routerd's rounds beside them.
 * *Added* time is the target's percentile minus that of ``direct`` in the same round.
 * CPU is the kernel's own count for the process, its threads (ended ones too) and its children, before and after. It is
-  steadier than a rate and says what a rate hides: at 16 connections nginx waits for the load generator.
+  steadier than a rate, and says what a rate hides.
 * An answer counts only if it is right and whole: status 200, its last words, every event, the terminal marker.
 * Each event is stamped by the upstream and read by the load generator on the same clock: *transit* is the difference.
   Streams do not tick together; 500 streams of one event each 50 ms are 10,000 lone events a second.
@@ -23,12 +23,14 @@ How
 * Cold start is from the spawn until the first proxied 200, asked for every few milliseconds; idle PSS a second later.
 * The TLS figures compare two ways to the same upstream, both through an nginx beside it: one ends TLS there, one does
   not. So the hop is in both and cancels; connections to it are kept and reused.
-* Planning is timed inside this process, by calling the planner itself.
+* Planning is timed inside this process, by calling the planner itself, in CPU time.
+* What other programs took of the machine meanwhile is printed with the table: it says how far to trust the rest.
 
 What it does not measure
 ------------------------
 Networks, slow clients, faults and recovery; kernel memory of sockets; several cores or machines; anything over minutes.
-Loopback makes the sender pay for the receiver's network stack. PSS shares the pages of the Python binary with whatever
+Loopback makes the sender pay for the receiver's network stack. ``direct`` never leaves its core, while every proxy is
+charged two wake-ups of another one. At 16 connections and more nginx is held back by the load generator. PSS shares the pages of the Python binary with whatever
 else runs it, this program included (2 to 3 MB). On a busy or virtual machine differences below about 20 % are noise.
 Whatever is asked for at 16 and 128 connections is a saturated closed loop: read its rate, not its latency.
 """

@@ -120,7 +120,7 @@ SERVED = {"few": "3 of them serve the model", "all": "all serve it"}
 def planning_rows(samples: Samples) -> list[Row]:
     """Planning must be quick, and for a model of few upstreams not grow with the others."""
     smallest = Row("", f"plan_few_{SIZES[0]}", "plan_us").median(samples, "routerd")
-    bound = at_most(30 if smallest is None else min(30, FLAT * smallest))
+    bound = at_most(30 if smallest is None else round(min(30, FLAT * smallest), 1))
     return [
         Row(
             f"planning, {size} upstreams, {title}: µs",

@@ -74,7 +74,10 @@ class Report:
         versions = "".join(f", {name} {version}" for name, version in self.versions.items() if version)
         notes = ["", f"{self.machine}{versions}"]
         notes.append(f"±: half the spread of {OURS}'s rounds; NAME / {OURS}: their figure as a multiple of {OURS}'s")
-        notes += [f"{target}: {errors:,.0f} answers were wrong or missing" for target, errors in self._errors().items()]
+        notes += [
+            f"{target}: {errors:,.0f} answers were wrong, or not whole in time"
+            for target, errors in self._errors().items()
+        ]
         notes += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
         return [*notes, *self._judgement()]
 

@@ -189,12 +189,14 @@ def test_carriage_returns() -> None:
         ({"reasoning": "a", "content": "b"}, [ReasoningDelta(0, "a"), TextDelta(0, "b")]),
         ({"refusal": "no"}, [TextDelta(0, "no")]),
         ({"content": [{"type": "thinking", "thinking": "a"}]}, [ReasoningDelta(0, "a")]),
+        ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": ""}]}]}, []),
         ({"content": [{"type": "thinking", "thinking": []}, {"type": "reference", "ids": [1]}]}, []),
         ({"content": "", "tool_calls": []}, []),
         ({"function_call": {"name": "f", "arguments": "{}"}}, [ToolStart(0, "", "f"), ToolDelta(0, "{}")]),
         (call(index=0, id=7, name="f"), [ToolStart(0, "7", "f")]),
         (call(id="a", name="f", arguments={"x": 1}), [ToolStart(0, "a", "f"), ToolDelta(0, '{"x":1}')]),
-        (call(index=3, id="a", name="f"), [ToolStart(0, "a", "f")]),
+        (call(extra_content={"google": {"thought_signature": "s"}}), []),
+        (call(index=3, id="a", name="f", arguments=None), [ToolStart(0, "a", "f")]),
     ],
 )
 def test_delta(delta: dict[str, Any], events: list[Event]) -> None:
@@ -333,6 +335,7 @@ def test_one_finish() -> None:
         ({"prompt_tokens": "9", "cost": "cheap"}, Usage()),
         ({"prompt_tokens": -9, "cost": -1}, Usage()),
         ({"cost": 0}, Usage(cost_usd=0.0)),
+        ({"prompt_tokens": 21, "completion_tokens": 0, "total_tokens": 81}, Usage(21, 0, 60, 60)),
         (
             {
                 "prompt_tokens": 9,
@@ -417,6 +420,16 @@ def test_fault(data: object, fault: Fault) -> None:
 def test_error_event(data: bytes, fault: Fault) -> None:
     """An event named ``error`` is a fault whatever its data."""
     assert [fault] == read(b"event: error\ndata: " + data + b"\n\n")
+
+
+def test_other_names_of_events_do_not_matter() -> None:
+    """A chunk is a chunk under any other name."""
+    assert [TextDelta(0, "a")] == read(b"event: message\n" + chunk({"content": "a"}))
+
+
+def test_empty_continuation() -> None:
+    """A piece of a call that adds nothing has no event."""
+    assert [ToolStart(0, "a", "f")] == read(chunk(call(index=0, id="a", name="f")), chunk(call(index=0, arguments="")))
 
 
 def test_usage_before_a_fault() -> None:

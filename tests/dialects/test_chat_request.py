@@ -114,6 +114,7 @@ def test_newer_output_limit() -> None:
         (body(stream="yes"), r"\$\.stream"),
         (body(max_tokens="7"), r"\$\.max_tokens"),
         (b'{"a":' + b"[" * 100_000, "not JSON"),
+        (b'{"a":"\\ud83d","model":7}', r"\$\.model"),
     ],
 )
 def test_bad_request(request_body: bytes, words: str) -> None:
@@ -429,6 +430,14 @@ def with_arguments(arguments: Any) -> dict[str, Any]:
 def test_strict_arguments(arguments: Any, sent: str) -> None:
     """Arguments in history are a JSON object in a string, or an empty one."""
     assert [with_arguments(sent)] == patched_messages(Fix(strict_arguments=True), with_arguments(arguments))
+
+
+@pytest.mark.parametrize("calls", [None, [], "x", [1], [{}], [{"function": 7}], {"extra_content": 1}])
+def test_odd_tool_calls(calls: Any) -> None:
+    """Tool calls of another shape are for the upstream to refuse."""
+    message = CALLING | {"tool_calls": calls}
+
+    assert [message] == patched_messages(Fix(strict_arguments=True), message)
 
 
 def test_thought_signatures() -> None:
