@@ -209,6 +209,8 @@ class Head(msgspec.Struct, frozen=True):
     max_output_tokens: int | None
     prompt_tokens: int  # an estimate until the upstream reports
     conversation: int  # hash of the stable prefix: the same through all turns of one conversation
+    streamable: bool = True  # nothing asked for is lost when the answer is streamed and put together again
+    structured: bool = False  # the answer's text must fit a schema, or at least be JSON
 
 
 class Text(msgspec.Struct, frozen=True, tag="text"):

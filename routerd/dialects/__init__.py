@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -77,6 +77,12 @@ class Dialect(Protocol):
 
         ``head.stream`` decides whether the upstream is asked to stream; replaced, it can differ from the client's wish.
         """
+
+    def tool_schemas(self, body: bytes) -> dict[str, dict[str, Any]]:
+        """Return the JSON Schema of each offered tool's arguments, by name; empty where they cannot be read."""
+
+    def continue_request(self, body: bytes, text: str, manner: str) -> bytes:
+        """Return a request for the rest of an answer that broke off after ``text``; ``manner`` as in ``Fix``."""
 
     def decoder(self) -> Decoder:
         """Return a decoder for one attempt."""

@@ -51,7 +51,14 @@ from routerd.canonical import (
     UsageReport,
 )
 from routerd.dialects import Stamp
-from routerd.dialects.chat_request import JSON_ERRORS, mended, patch_request, read_head
+from routerd.dialects.chat_request import (
+    JSON_ERRORS,
+    continue_request,
+    mended,
+    patch_request,
+    read_head,
+    tool_schemas,
+)
 from routerd.dialects.sse import BLOCK_BYTES_MAX, BODY, DONE, Block, Framer
 
 FAULT_TEXT_MAX: Final = 2000  # characters of an upstream's error kept for the classifier
@@ -867,6 +874,12 @@ class ChatDialect:
 
     def patch_request(self, body: bytes, head: Head, upstream: Upstream) -> bytes:
         return patch_request(body, head, upstream)
+
+    def tool_schemas(self, body: bytes) -> dict[str, dict[str, Any]]:
+        return tool_schemas(body)
+
+    def continue_request(self, body: bytes, text: str, manner: str) -> bytes:
+        return continue_request(body, text, manner)
 
     def decoder(self) -> ChatDecoder:
         return ChatDecoder()

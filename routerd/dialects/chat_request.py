@@ -20,7 +20,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -65,6 +65,11 @@ class _Request(msgspec.Struct, gc=False):
     max_completion_tokens: int | None = None
     tools: msgspec.Raw = msgspec.Raw()
     functions: msgspec.Raw = msgspec.Raw()
+    response_format: msgspec.Raw = msgspec.Raw()
+    n: int | None = None
+    logprobs: bool | None = None
+    modalities: msgspec.Raw = msgspec.Raw()
+    audio: msgspec.Raw = msgspec.Raw()
 
 
 _decode_request: Final = msgspec.json.Decoder(_Request).decode
@@ -91,7 +96,16 @@ def read_head(body: bytes) -> Head:
         max_output_tokens=request.max_completion_tokens or request.max_tokens,
         prompt_tokens=(len(body) - image_bytes) // BYTES_PER_TOKEN + images * IMAGE_TOKENS,
         conversation=_conversation(request.messages),
+        streamable=_is_streamable(request),
+        structured=b'"json' in bytes(request.response_format),
     )
+
+
+def _is_streamable(request: _Request) -> bool:
+    """Several choices, log probabilities and sound have no place in the events of a stream."""
+    if request.logprobs or (request.n or 1) > 1:
+        return False
+    return not (_is_filled(request.audio) or b"audio" in bytes(request.modalities))
 
 
 def _read_request(body: bytes) -> _Request:
@@ -139,6 +153,83 @@ def _images(turns: list[_Turn]) -> tuple[int, int]:
                 count += len(_IMAGE_KEY.findall(text))
                 size += sum(map(len, _DATA_URL.findall(text)))
     return count, size
+
+
+# --- tools ------------------------------------------------------------------------------------------------------------
+
+
+class _OfferedFunction(msgspec.Struct, gc=False):
+    name: str = ""
+    parameters: Any = None
+
+
+class _OfferedTool(msgspec.Struct, gc=False):
+    function: _OfferedFunction | None = None
+
+
+class _Offer(msgspec.Struct, gc=False):
+    tools: list[_OfferedTool] | None = None
+    functions: list[_OfferedFunction] | None = None
+
+
+_decode_offer: Final = msgspec.json.Decoder(_Offer).decode
+
+
+def tool_schemas(body: bytes) -> dict[str, dict[str, Any]]:
+    """See ``Dialect.tool_schemas``. A tool of an unknown kind makes the whole list unreadable."""
+    try:
+        offer = _decode_offer(body)
+    except JSON_ERRORS:
+        return {}
+    functions = [tool.function for tool in offer.tools or ()] + list(offer.functions or ())
+    if any(function is None for function in functions):
+        return {}
+    return {
+        function.name: function.parameters if isinstance(function.parameters, dict) else {}
+        for function in functions
+        if function is not None
+    }
+
+
+# --- taken up again ---------------------------------------------------------------------------------------------------
+
+TAIL_CHARACTERS: Final = 160  # of the broken-off text quoted to a model that is asked to go on
+
+# By manner: what marks the trailing assistant turn, and what the request as a whole needs. Sources: DeepSeek's docs on
+# chat prefix completion and Mistral's on prefix ("prefix"), Moonshot's and DashScope's on partial mode ("partial"),
+# vLLM's server docs (the two flags).
+_TURN_MARKS: Final[dict[str, dict[str, bool]]] = {"prefix": {"prefix": True}, "partial": {"partial": True}}
+_BODY_MARKS: Final[dict[str, dict[str, bool]]] = {
+    "flags": {"continue_final_message": True, "add_generation_prompt": False}
+}
+
+
+def continue_request(body: bytes, text: str, manner: str) -> bytes:
+    """See ``Dialect.continue_request``."""
+    fields = _read_fields(body)
+    messages = _decode_raws(fields["messages"])
+    turn: dict[str, Any] = {"role": "assistant", "content": text.rstrip()}
+    if manner == "instructed":
+        messages += [msgspec.Raw(_encode(turn)), msgspec.Raw(_encode(_ask_to_go_on(text)))]
+    else:
+        messages.append(msgspec.Raw(_encode(turn | _TURN_MARKS.get(manner, {}))))
+    fields["messages"] = msgspec.Raw(_encode(messages))
+    for name, value in _BODY_MARKS.get(manner, {}).items():
+        fields[name] = msgspec.Raw(_encode(value))
+    return _encode(fields)
+
+
+_decode_raws: Final = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+
+def _ask_to_go_on(text: str) -> dict[str, str]:
+    return {
+        "role": "user",
+        "content": "The connection broke while you were writing your last answer. It ends with:\n\n"
+        f"{text.rstrip()[-TAIL_CHARACTERS:]}\n\n"
+        "Go on with the very next character after that. Do not repeat any of it, do not start again, do not "
+        "comment on the interruption.",
+    }
 
 
 # --- patched ----------------------------------------------------------------------------------------------------------

@@ -22,11 +22,17 @@ BAD_ARGUMENTS = "bad_arguments"  # not a JSON object, and not repairable: nobody
 
 _FENCE = re.compile(r"\A\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
 _STRING_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[}\]])')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 _TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "boolean": lambda value: isinstance(value, bool),
-    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-    "integer": lambda value: _TYPES["number"](value) and float(value).is_integer(),
+    "number": _is_number,
+    "integer": lambda value: _is_number(value) and float(value).is_integer(),
     "array": lambda value: isinstance(value, list),
     "object": lambda value: isinstance(value, dict),
     "null": lambda value: value is None,
@@ -34,7 +40,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 class Checked(msgspec.Struct, frozen=True):
-    """``code``: what is wrong, empty if nothing is. ``repaired``: better arguments, if repair was needed and certain."""
+    """``code``: what is wrong, if anything. ``repaired``: better arguments, where repair was needed and certain."""
 
     code: str = ""
     repaired: str | None = None

@@ -213,6 +213,8 @@ class Gate:
 
     def _check_calls(self) -> None:
         schemas = self._schemas() if self._schemas is not None else {}
+        if any(not call.name for call in self.calls):
+            raise BadAnswer("nameless_call")
         for call in self.calls:
             checked = check(call.name, "".join(call.arguments), schemas)
             if checked.code == BAD_ARGUMENTS or (checked.code and self._strict):

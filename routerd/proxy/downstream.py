@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
-
 from aiohttp import web
 
 from routerd.canonical import End, Event, Failure, Frame, Outcome, Side, Start

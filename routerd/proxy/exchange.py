@@ -30,6 +30,7 @@ from routerd.telemetry import ExchangeRecord, Telemetry
 
 SCHEMA_CODES = ("unknown_tool", "missing_argument", "wrong_type")  # once is an accident; a second such call passes
 ROUND_PAUSE_S = (0.5, 2.0, 5.0, 15.0)  # before everybody is tried again; the last value repeats
+_MISFITS = frozenset({Code.UNSUPPORTED_FEATURE, Code.MODERATION})  # no later try and no other wording of ours helps
 
 
 class Arrival(msgspec.Struct):
@@ -275,10 +276,14 @@ class Exchange:
         """Nobody will ever serve this request as it is."""
         codes = {failure.code for _, failure in self._failures}
         if plan.overflow or Code.CONTEXT_OVERFLOW in codes:
-            detail = f"maximum context length is {plan.window_tokens} tokens; shorten the conversation"
+            windows = (live.upstream.context_tokens for live in self._arrival.route.upstreams())
+            detail = f"maximum context length is {max(windows, default=0)} tokens; shorten the conversation"
             return Failure(Outcome.CLIENT_ERROR, Side.CLIENT, detail, status=400, code="context_length_exceeded")
-        if plan.reason == "capability":
-            detail = "no model of this route takes what the request contains (tools or images)"
+        if not self._failures:
+            detail = "no model of this route takes what the request contains (tools, images, or so much at once)"
+            return Failure(Outcome.CLIENT_ERROR, Side.CLIENT, detail, status=400, code="unsupported")
+        if codes & _MISFITS:
+            detail = "every provider asked turned down what the request contains"
             return Failure(Outcome.CLIENT_ERROR, Side.CLIENT, detail, status=400, code="unsupported")
         if Code.BAD_REQUEST in codes:
             detail = "the provider refuses this request as malformed"
