@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from routerd.canonical import Event, Failure, Frame, Head, Upstream
+from routerd.canonical import Event, Failure, Frame, Head, Request, Upstream
 
 
 class Stamp(msgspec.Struct, frozen=True):
@@ -77,6 +77,12 @@ class Dialect(Protocol):
 
         ``head.stream`` decides whether the upstream is asked to stream; replaced, it can differ from the client's wish.
         """
+
+    def decode_request(self, body: bytes) -> Request:
+        """Read a whole request, to be written in another dialect. Raises ``BadRequest`` for what cannot cross."""
+
+    def encode_request(self, request: Request) -> bytes:
+        """Write a whole request; ``patch_request`` then fits it to an upstream."""
 
     def tool_schemas(self, body: bytes) -> dict[str, dict[str, Any]]:
         """Return the JSON Schema of each offered tool's arguments, by name; empty where they cannot be read."""

@@ -39,6 +39,7 @@ from routerd.canonical import (
     Head,
     Outcome,
     ReasoningDelta,
+    Request,
     Side,
     Start,
     TextDelta,
@@ -59,6 +60,7 @@ from routerd.dialects.chat_request import (
     read_head,
     tool_schemas,
 )
+from routerd.dialects.chat_translate import decode_request, encode_request
 from routerd.dialects.sse import BLOCK_BYTES_MAX, BODY, DONE, Block, Framer
 
 FAULT_TEXT_MAX: Final = 2000  # characters of an upstream's error kept for the classifier
@@ -874,6 +876,12 @@ class ChatDialect:
 
     def patch_request(self, body: bytes, head: Head, upstream: Upstream) -> bytes:
         return patch_request(body, head, upstream)
+
+    def decode_request(self, body: bytes) -> Request:
+        return decode_request(body)
+
+    def encode_request(self, request: Request) -> bytes:
+        return encode_request(request)
 
     def tool_schemas(self, body: bytes) -> dict[str, dict[str, Any]]:
         return tool_schemas(body)

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import msgspec
 
-from routerd.canonical import BadRequest, Fix, Head, Upstream
+from routerd.canonical import COMPLETE, BadRequest, Fix, Head, Upstream
 
 IMAGE_TOKENS: Final = 1600  # a large image at the vendors that publish a formula
 BYTES_PER_TOKEN: Final = 4
@@ -228,7 +228,7 @@ def _ask_to_go_on(text: str) -> dict[str, str]:
         "content": "The connection broke while you were writing your last answer. It ends with:\n\n"
         f"{text.rstrip()[-TAIL_CHARACTERS:]}\n\n"
         "Go on with the very next character after that. Do not repeat any of it, do not start again, do not "
-        "comment on the interruption.",
+        f"comment on the interruption. If nothing was missing, reply with {COMPLETE} alone.",
     }
 
 

@@ -30,7 +30,7 @@ What it does not measure
 ------------------------
 Networks, slow clients, faults and recovery; kernel memory of sockets; several cores or machines; anything over minutes.
 Loopback makes the sender pay for the receiver's network stack. ``direct`` never leaves its core, while every proxy is
-charged two wake-ups of another one. At 16 connections and more nginx is held back by the load generator. PSS shares the pages of the Python binary with whatever
-else runs it, this program included (2 to 3 MB). On a busy or virtual machine differences below about 20 % are noise.
-Whatever is asked for at 16 and 128 connections is a saturated closed loop: read its rate, not its latency.
+charged two wake-ups of another one. From 16 connections on nginx is held back by the load generator: read its CPU. For
+the others the loop is saturated: read the rate, not the latency. PSS shares the pages of the Python binary with
+whatever else runs it, this program included (2 to 3 MB). On a virtual machine differences below 20 % are noise.
 """

@@ -31,7 +31,7 @@ class Pace:
     warm_s: float  # of each kind of warm-up
 
 
-QUICK = Pace(rounds=2, fresh_rounds=1, cold_rounds=1, seconds=0.5, open_s=2.0, warm_s=0.3)
+QUICK = Pace(rounds=2, fresh_rounds=1, cold_rounds=1, seconds=0.4, open_s=2.0, warm_s=0.3)
 FULL = Pace(rounds=5, fresh_rounds=2, cold_rounds=3, seconds=1.0, open_s=8.0, warm_s=1.0)
 
 
