@@ -45,3 +45,11 @@ lock:  ## pin anew what pyproject.toml asks for, for every platform, with hashes
 		--no-emit-index-url pyproject.toml -o .lock/run.txt
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--no-emit-index-url --extra test --extra lint pyproject.toml -o .lock/test.txt
+
+.PHONY: install uninstall
+
+install:  ## as a systemd service, or an upgrade of it (root); PIP_NO_INDEX and PIP_FIND_LINKS for a local wheelhouse
+	PYTHON=$(PYTHON) sh systemd/install.sh
+
+uninstall:  ## keeps configuration and state unless PURGE=1
+	PURGE=$(PURGE) sh systemd/uninstall.sh

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import hmac
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -48,7 +49,8 @@ class Failure(msgspec.Struct, frozen=True):
 
     ``detail`` is always in our own words: an upstream's text never travels further than the classifier.
     ``status`` is the HTTP status seen (upstream side) or to be sent (client and router side).
-    ``cause`` is, for an in-band error, the outcome its code maps to; it decides what the breaker and the quota learn.
+    ``cause`` is the outcome that decides what the breaker and the quota learn, where an answer had begun and the outcome
+    itself says too little: for an in-band error the one its code maps to.
     """
 
     outcome: Outcome
@@ -144,11 +146,15 @@ class ReasoningDelta(msgspec.Struct, frozen=True, gc=False):
 
 
 class ToolStart(msgspec.Struct, frozen=True, gc=False):
-    """A tool call opens. ``index`` is its place among the tool calls of the answer."""
+    """A tool call opens. ``index`` is its place among the tool calls of the answer.
+
+    ``signature``: JSON that the vendor sealed the call with and wants back with it.
+    """
 
     index: int
     id: str
     name: str
+    signature: str = ""
 
 
 class ToolDelta(msgspec.Struct, frozen=True, gc=False):
@@ -168,9 +174,13 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "error"
 
 
 class Finish(msgspec.Struct, frozen=True, gc=False):
-    """The model says why it ended. Not yet the end of the stream: usage and the terminal marker may follow."""
+    """The model says why it ended. Not yet the end of the stream: usage and the terminal marker may follow.
+
+    ``details``: all the thinking of the answer as JSON, sealed by the vendor, where the dialect has such a thing.
+    """
 
     reason: FinishReason
+    details: str = ""
 
 
 class End(msgspec.Struct, frozen=True, gc=False):
@@ -193,6 +203,9 @@ class Frame(msgspec.Struct, frozen=True):
 
     raw: bytes
     events: tuple[Event, ...]
+
+
+COMPLETE = "[COMPLETE]"  # what a model that is asked to go on says when nothing was missing
 
 
 # --- requests -------------------------------------------------------------------------------------------------------
@@ -316,6 +329,28 @@ class Request(msgspec.Struct, frozen=True):
     dropped: tuple[str, ...] = ()
 
 
+class Remembered(msgspec.Struct, frozen=True):
+    """What came with the tool calls of one answer and clients tend to leave out when they send it back as history.
+
+    The text of ``thinking`` is for whoever wants it. What is sealed is of use to its ``author`` alone: the seals on
+    ``thinking``, ``details`` and ``signatures`` (by call id), the last two JSON as the vendor wants it back.
+    """
+
+    author: str
+    thinking: tuple[Reasoning, ...] = ()
+    details: str = ""
+    signatures: dict[str, str] = {}
+
+    @property
+    def reasoning(self) -> str:
+        """The thinking as one text."""
+        return "\n\n".join([block.text for block in self.thinking if block.text])
+
+
+Recall = Callable[[str], Remembered | None]
+"""What is remembered of the answer that made a tool call, by the call's id."""
+
+
 class Fix(msgspec.Struct, frozen=True):
     """What one upstream demands of a request in its dialect. The defaults are those of OpenAI's own API."""
 
@@ -325,8 +360,13 @@ class Fix(msgspec.Struct, frozen=True):
     null_content: bool = True  # False: an assistant turn without text gets ""
     strict_arguments: bool = False  # arguments in history that are not JSON become "{}"
     unique_tool_names: bool = False  # later tools of the same name are dropped
-    reasoning_content: Literal["keep", "require", "reject"] = "keep"  # require: padded with " " on tool turns
-    thought_signatures: bool = False  # False: ``tool_calls[].extra_content`` is stripped
+    # Of turns that called tools. require: put back from memory, else padded with " "
+    reasoning_content: Literal["keep", "require", "reject"] = "keep"
+    reasoning_details: bool = False  # True: put back where this upstream itself wrote them. False: stripped
+    thought_signatures: bool = False  # the same for ``tool_calls[].extra_content``
+    blank_signature: str = ""  # the ``extra_content`` (JSON) of a first call that has none of its own
+    call_id_length: int | None = None  # ids of tool calls are exactly so many ASCII letters and digits
+    call_id_limit: int | None = None  # ids of tool calls are at most so many ASCII letters, digits, "_" and "-"
     temperature: bool = True  # False: dropped, the server fixes it
     tool_choice_required: Literal["required", "any", "auto"] = "required"  # how this upstream spells "required"
     parallel_tool_calls: bool = True  # False: sends ``parallel_tool_calls: false`` when tools are offered
@@ -371,6 +411,11 @@ class Upstream(msgspec.Struct, frozen=True):
     tools: bool = True
     images: bool = False
     fix: Fix = Fix()
+
+    @property
+    def author(self) -> str:
+        """Who can open what this upstream seals. Other models of the same vendor are known to refuse it."""
+        return f"{self.provider}/{self.wire_model}"
 
     def __repr__(self) -> str:
         return f"<Upstream {self.provider}/{self.model}#{self.key}>"

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import os
 import re
 import tomllib
 import zoneinfo
@@ -168,14 +169,18 @@ class RouteConfig(msgspec.Struct, frozen=True):
 
     @property
     def context_tokens(self) -> int:
-        """The window every upstream of the first tier has."""
-        return min(upstream.context_tokens for upstream in self.tiers[0])
+        """The window every upstream of the first tier has; 0 while no provider is configured."""
+        return min((upstream.context_tokens for upstream in self._first_tier), default=0)
 
     @property
     def max_output_tokens(self) -> int | None:
         """The longest answer every upstream of the first tier gives, as far as that is known."""
-        known = [upstream.max_output_tokens for upstream in self.tiers[0] if upstream.max_output_tokens is not None]
+        known = [one.max_output_tokens for one in self._first_tier if one.max_output_tokens is not None]
         return min(known, default=None)
+
+    @property
+    def _first_tier(self) -> tuple[Upstream, ...]:
+        return self.tiers[0] if self.tiers else ()
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -210,7 +215,7 @@ class Config(msgspec.Struct, frozen=True):
 
 
 def find(explicit: str | None, environ: Mapping[str, str], cwd: Path) -> Path | None:
-    """The config file: as told, ``$ROUTERD_CONFIG``, the first that exists of three places, else None.
+    """The config file: as told, ``$ROUTERD_CONFIG``, the first of three places that has a readable one, else None.
 
     A file that was named is returned whether it exists or not; ``load`` then says that it does not.
     """
@@ -219,7 +224,7 @@ def find(explicit: str | None, environ: Mapping[str, str], cwd: Path) -> Path | 
         return cwd / named
     home = _xdg(environ, "XDG_CONFIG_HOME", ".config")
     places = (cwd / "routerd.toml", home / "routerd" / "routerd.toml", Path("/etc/routerd/routerd.toml"))
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if os.access(place, os.R_OK) and place.is_file()), None)
 
 
 def load(path: Path | None, environ: Mapping[str, str], listen: Sequence[str] = ()) -> Config:
@@ -624,7 +629,9 @@ def _read_config(root: _Table, path: Path | None, environ: Mapping[str, str], li
     if simulated:
         providers = {name: reader.stock_simulated(name) for name in SIMULATED_PROVIDERS}
     if not providers and not reader.named:
-        root.problem("providers", "there is none; add a table like [providers.openrouter], or set OPENROUTER_API_KEY")
+        message = "there is none; add a table like [providers.openrouter], or set OPENROUTER_API_KEY"
+        # An empty [providers] says that none is meant, yet: a freshly installed service runs, and refuses requests.
+        (root.warning if "providers" in root else root.problem)("providers", message)
     names = _Names(providers, defaults)
     routes = _read_routes(root, names, defaults)
     return Config(

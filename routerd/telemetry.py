@@ -7,23 +7,41 @@ Counters and histograms are fed at two points only: when an attempt settles and 
 nothing for it and a scrape never shows a stale gauge.
 
 Label sets are closed: providers, models and routes come from the config; whatever a client invents is ``other``.
+A counter that first appears with the value 1 looks to ``rate()`` as if nothing had happened, and on a quiet box that
+first failover is the one that matters. So ``declare`` makes the children of what the named routes can use at start,
+with zeros; the rest (a catalog offers a hundred models) comes with its first use. All that is shown costs about 10 µs
+per sample at each scrape, hence the bounds.
+
 prometheus_client's ``labels()`` takes a lock and builds a tuple, so children are kept in plain dicts here.
 Nothing that a person wrote (prompts, completions, keys, an upstream's error text) may reach a label or a log line.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import platform
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import orjson
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
@@ -32,7 +50,16 @@ from routerd import __version__
 from routerd.canonical import Outcome, Usage
 
 OTHER = "other"  # the label of whatever nobody configured
+ACCOUNT = "*"  # stands for the model where something is a whole account's
 BREAKER_STATES = ("closed", "open", "half-open")
+RECOVERY_STEPS = ("retry", "continue", "wait", "hedge", "probe")
+RESULTS = ("success", "failure")
+TOKEN_KINDS = ("input", "cached", "output", "reasoning")
+WAIT_REASONS = ("quota", "breaker", "retry", "budget")
+NEVER_HANDED_ON = (Outcome.SUCCESS, Outcome.CLIENT_ERROR, Outcome.CANCELLED)
+HANDOVERS_KEPT = 50  # for the status page
+MAX_DECLARED_UPSTREAMS = 32  # provider and model; the first of the routes, in order of preference
+MAX_DECLARED_HANDOVERS = 20  # ordered pairs of providers: all there are between five
 
 DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 600, 1200)
 FIRST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5, 4, 6, 10, 15, 20, 30, 45, 60, 90, 120, 180)
@@ -87,8 +114,81 @@ class ExchangeRecord(msgspec.Struct):
     overhead_s: float | None = None
     first_content_s: float | None = None
     waited_s: float = 0.0
+    repairs: int = 0  # tool calls whose arguments were put right
     prompt_tokens: int = 0
     attempts: list[AttemptRecord] = msgspec.field(default_factory=list)
+
+
+class Handover(msgspec.Struct, frozen=True):
+    """An attempt that failed, and who came next. ``target`` empty: nobody, the client was told of the failure."""
+
+    wall: float
+    exchange: str
+    route: str
+    source: str  # provider/model; empty: the exchange ended before any attempt
+    target: str
+    outcome: Outcome
+    code: str
+    status: int | None
+    detail: str
+
+
+class Spent(msgspec.Struct):
+    """What one upstream was used for."""
+
+    attempts: int = 0
+    failures: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    cost_usd: float = 0.0
+
+
+class Today:
+    """What was spent since midnight, as the clock on this machine's wall has it, by provider and model.
+
+    The same is in the ledger; but who looks at a page every two seconds must not have it added up each time.
+    """
+
+    __slots__ = ("_ends", "began", "rows")
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[str, ...], Spent] = {}
+        self.began = self._ends = -math.inf
+
+    @staticmethod
+    def midnight(wall: float, *, days: int = 0) -> float:
+        """The one before ``wall``, or so many days after that."""
+        day = time.localtime(wall)
+        return time.mktime((day.tm_year, day.tm_mon, day.tm_mday + days, 0, 0, 0, 0, 0, -1))
+
+    def turn(self, wall: float) -> None:
+        """Begin anew if the day is over."""
+        if wall >= self._ends:
+            self.rows = {}
+            self.began, self._ends = self.midnight(wall), self.midnight(wall, days=1)
+
+    def take_up(self, rows: dict[tuple[str, ...], Spent], wall: float) -> None:
+        """What an earlier process spent of it."""
+        self.turn(wall)
+        self.rows = rows
+
+    def add(self, record: AttemptRecord, wall: float) -> None:
+        self.turn(wall)
+        key = (record.provider, record.model)
+        row = self.rows.get(key)
+        if row is None:
+            row = self.rows[key] = Spent()
+        row.attempts += 1
+        row.failures += record.outcome not in NEVER_HANDED_ON
+        row.cost_usd += record.cost_usd
+        usage = record.usage
+        if usage is not None:
+            row.input_tokens += usage.input_tokens
+            row.cached_tokens += usage.cached_tokens
+            row.output_tokens += usage.output_tokens
+            row.reasoning_tokens += usage.reasoning_tokens
 
 
 class Live(msgspec.Struct):
@@ -98,17 +198,17 @@ class Live(msgspec.Struct):
     quotas: list[tuple[str, str, float, float, float]] = msgspec.field(default_factory=list)  # .., limit, left, reset
     latencies: list[tuple[str, str, float]] = msgspec.field(default_factory=list)
     scores: list[tuple[str, str, str, float]] = msgspec.field(default_factory=list)
-    budgets: list[tuple[str, float]] = msgspec.field(default_factory=list)
+    budgets: list[tuple[str, float, float, float]] = msgspec.field(default_factory=list)  # scope, limit, left, reset
 
 
 class _LiveCollector(Collector):
     """Turns the snapshot into gauges at scrape time."""
 
-    def __init__(self, snapshot: Callable[[], Live]) -> None:
-        self._snapshot = snapshot
+    def __init__(self) -> None:
+        self.snapshot: Callable[[], Live] = Live
 
     def collect(self) -> Iterable[Metric]:
-        live = self._snapshot()
+        live = self.snapshot()
         yield _family(
             "routerd_breaker_state",
             "1 for the state the breaker is in, 0 for the others.",
@@ -144,10 +244,22 @@ class _LiveCollector(Collector):
             (((r, p, m), s) for r, p, m, s in live.scores),
         )
         yield _family(
+            "routerd_budget_limit_usd",
+            "Size of the budget.",
+            ("scope",),
+            (((scope,), limit) for scope, limit, _, _ in live.budgets),
+        )
+        yield _family(
             "routerd_budget_remaining_usd",
             "What is left of the budget.",
             ("scope",),
-            (((scope,), left) for scope, left in live.budgets),
+            (((scope,), left) for scope, _, left, _ in live.budgets),
+        )
+        yield _family(
+            "routerd_budget_reset_timestamp_seconds",
+            "When the budget is whole again.",
+            ("scope",),
+            (((scope,), at) for scope, _, _, at in live.budgets),
         )
 
 
@@ -158,6 +270,15 @@ def _family(
     for values, value in samples:
         family.add_metric(values, value)
     return family
+
+
+class _ProcessCollector(ProcessCollector):
+    """The standard ``process_*`` metrics, also where a sandbox hides ``/proc/stat`` (systemd's ``ProcSubset=pid``)."""
+
+    def _boot_time(self) -> float:
+        """Unix seconds of the boot. The client library takes an OSError here for "there is no /proc"."""
+        Path("/proc/self/stat").stat()
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Telemetry:
@@ -171,9 +292,14 @@ class Telemetry:
         self._define_exchange_metrics()
         self._define_attempt_metrics()
         self._define_service_metrics()
+        self._live = _LiveCollector()
+        self.registry.register(self._live)
+        _ProcessCollector(registry=self.registry)
         self._attempt_children: dict[tuple[str, str, Outcome], _AttemptChildren] = {}
         self._exchange_children: dict[tuple[str, str, Outcome], _ExchangeChildren] = {}
         self._open_children: dict[str, Gauge] = {}
+        self.handovers: deque[Handover] = deque(maxlen=HANDOVERS_KEPT)
+        self.today = Today()
 
     # --- definitions ------------------------------------------------------------------------------------------------
 
@@ -217,7 +343,11 @@ class Telemetry:
         self.first_token = self._histogram(
             "routerd_attempt_first_token_seconds", "Dispatch to first content token.", by_model, FIRST_BUCKETS
         )
-        self.tokens = self._counter("routerd_tokens", "Tokens, as the upstream counted them.", (*by_model, "kind"))
+        self.tokens = self._counter(
+            "routerd_tokens",
+            "Tokens, as the upstream counted them; cached ones are among input, reasoning among output.",
+            (*by_model, "kind"),
+        )
         self.cost = self._counter("routerd_cost_usd", "Dollars spent.", by_model)
         gen_ai = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
         self.gen_ai_duration = self._histogram(
@@ -252,6 +382,11 @@ class Telemetry:
             "When the config in force was taken up.",
             registry=self.registry,
         )
+        self.config_successful = Gauge(
+            "routerd_config_last_reload_successful",
+            "1 if the config last offered was taken up, 0 if an older one is still in force.",
+            registry=self.registry,
+        )
         build = Info("routerd_build", "What is running.", registry=self.registry)
         build.info({"version": __version__, "python": platform.python_version()})
 
@@ -262,8 +397,44 @@ class Telemetry:
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
     def watch(self, snapshot: Callable[[], Live]) -> None:
-        """Show this snapshot's states at every scrape."""
-        self.registry.register(_LiveCollector(snapshot))
+        """Show this snapshot's states at every scrape, in place of any watched before."""
+        self._live.snapshot = snapshot
+
+    def declare(self, routes: Iterable[str], dialects: Sequence[str], upstreams: Iterable[tuple[str, str]]) -> None:
+        """Let every counter of what is used begin at 0. ``upstreams``: (provider, model), the most wanted first."""
+        self._declare_service()
+        for dialect in dialects:
+            self.open_exchanges.labels(dialect)
+        for labels in itertools.product(routes, dialects, Outcome):
+            self.exchanges.labels(*labels)
+        wanted = list(itertools.islice(dict.fromkeys(upstreams), MAX_DECLARED_UPSTREAMS))
+        for provider, model in wanted:
+            self._declare_upstream(provider, model)
+        self._declare_handovers(dict.fromkeys(provider for provider, _ in wanted))
+
+    def _declare_service(self) -> None:
+        for labels in itertools.product(RECOVERY_STEPS, RESULTS):
+            self.recoveries.labels(*labels)
+        for result in RESULTS:
+            self.config_reloads.labels(result)
+        for reason in WAIT_REASONS:
+            self.wait.labels(reason)
+
+    def _declare_upstream(self, provider: str, model: str) -> None:
+        self.cost.labels(provider, model)
+        for outcome in Outcome:
+            self.attempts.labels(provider, model, outcome)
+        for kind in TOKEN_KINDS:
+            self.tokens.labels(provider, model, kind)
+        for state in BREAKER_STATES:
+            self.breaker_transitions.labels(provider, model, state)
+            self.breaker_transitions.labels(provider, ACCOUNT, state)
+
+    def _declare_handovers(self, providers: Iterable[str]) -> None:
+        pairs = itertools.islice(itertools.permutations(providers, 2), MAX_DECLARED_HANDOVERS)
+        for (source, target), outcome in itertools.product(pairs, Outcome):
+            if outcome not in NEVER_HANDED_ON:
+                self.failovers.labels(source, target, outcome)
 
     # --- what happened ----------------------------------------------------------------------------------------------
 
@@ -282,6 +453,7 @@ class Telemetry:
         if children is None:
             children = self._attempt_children[key] = _AttemptChildren(self, *key)
         children.count(record)
+        self.today.add(record, time.time())
 
     def exchange(self, record: ExchangeRecord) -> None:
         """Count one ended exchange and write its log line."""
@@ -292,7 +464,20 @@ class Telemetry:
         children.count(record)
         if record.overhead_s is not None:
             self.overhead.observe(record.overhead_s)
+        if record.outcome not in NEVER_HANDED_ON:
+            self._note_handover(record, "")
         self._lines.msg(orjson.dumps(exchange_fields(record), option=orjson.OPT_UTC_Z))
+
+    def reloaded(self, *, success: bool) -> None:
+        """Count a config being taken up (or refused), and note since when the one in force is."""
+        self.config_reloads.labels("success" if success else "failure").inc()
+        self.config_in_force(success=success)
+
+    def config_in_force(self, *, success: bool = True) -> None:
+        """Note that the config last offered is in force from now on; or that it is not, and the old one stays."""
+        self.config_successful.set(success)
+        if success:
+            self.config_success_time.set_to_current_time()
 
     def transition(self, provider: str, model: str, before: str, after: str) -> None:
         """Count and log a breaker's change of state."""
@@ -300,9 +485,28 @@ class Telemetry:
         level = self.log.info if after == "closed" else self.log.warning
         level("breaker", provider=provider, model=model, before=before, state=after)
 
-    def failover(self, source: AttemptRecord, target: str) -> None:
-        """Count an attempt being handed on."""
-        self.failovers.labels(source.provider, target, source.outcome).inc()
+    def failover(self, record: ExchangeRecord, provider: str, model: str) -> None:
+        """Note an exchange's last attempt being handed on, and count it if that is to another provider."""
+        source = record.attempts[-1]
+        self._note_handover(record, f"{provider}/{model}")
+        if source.provider != provider:
+            self.failovers.labels(source.provider, provider, source.outcome).inc()
+
+    def _note_handover(self, record: ExchangeRecord, target: str) -> None:
+        last = record.attempts[-1] if record.attempts else None
+        self.handovers.append(
+            Handover(
+                time.time(),
+                record.id,
+                record.route,
+                "" if last is None else f"{last.provider}/{last.model}",
+                target,
+                record.outcome if last is None else last.outcome,
+                "" if last is None else last.code,
+                None if last is None else last.status,
+                "" if target else record.detail,
+            )
+        )
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type: OpenMetrics if the scraper asks for it."""
@@ -318,8 +522,7 @@ class _AttemptChildren:
         error = "" if outcome is Outcome.SUCCESS else outcome
         self.attempts = metrics.attempts.labels(provider, model, outcome)
         self.first_token = metrics.first_token.labels(provider, model)
-        kinds = ("input", "cached", "output", "reasoning")
-        self.tokens = [metrics.tokens.labels(provider, model, kind) for kind in kinds]
+        self.tokens = [metrics.tokens.labels(provider, model, kind) for kind in TOKEN_KINDS]
         self.cost = metrics.cost.labels(provider, model)
         self.duration = metrics.gen_ai_duration.labels(*gen_ai, error)
         self.usage_in = metrics.gen_ai_tokens.labels(*gen_ai, "input")
@@ -399,6 +602,8 @@ def _optional_fields(record: ExchangeRecord) -> Iterator[tuple[str, Any]]:
         yield "overhead_s", round(record.overhead_s, 6)
     if record.waited_s:
         yield "waited_s", round(record.waited_s, 3)
+    if record.repairs:
+        yield "repairs", record.repairs
     if usage is not None:
         yield "input_tokens", usage.input_tokens
         yield "cached_tokens", usage.cached_tokens

@@ -1,4 +1,4 @@
-"""A daemon as its users start it: a process of its own, stopped or killed by signals, with nothing of this machine's."""
+"""A daemon as its users start it: a process of its own, ended by signals, with nothing of this machine's settings."""
 
 from __future__ import annotations
 

@@ -8,21 +8,22 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from routerd.proxy.simulated import Answer, Fault, Turn
+from routerd.proxy.simulated import Fault, Turn
 from tests.fakes import ScriptedUpstream, Upstreams
 from tests.process_rig import Process, serving
 from tests.rig import HELLO, MODEL, config_text, post
 
 LIMIT = 50
-CLIENTS = 6  # so many requests are in flight when the daemon is killed
-KILLS = 6
+CLIENTS = 5  # at most so many requests are in flight when the daemon is killed
 DAY_S = 86_400
-SLOW = Turn(Answer(pace_s=0.02))  # an answer takes long enough to be caught in the middle of
+ANSWER_S = 0.1  # at most: slow enough to be caught in the middle of
+STREAM = HELLO | {"stream": True}
 PER_DAY = 'limits = [{{ requests = {limit}, per = "day", resets = "{zone}" }}]'
 
 
@@ -41,6 +42,10 @@ def write_config(folder: Path, text: str) -> str:
     path = folder / "routerd.toml"
     path.write_text(text.replace("memory:", f"sqlite:{folder / 'state.db'}"))
     return str(path)
+
+
+def slow(seconds: float) -> Turn:
+    return Turn(fault=Fault("pause", "before_content", seconds=seconds))
 
 
 class Client:
@@ -63,29 +68,36 @@ class Client:
             return
 
 
-async def ask_until_killed(process: Process, upstream: ScriptedUpstream, after: int, pause_s: float) -> list[Client]:
-    """Load the daemon, and kill it a moment after the upstream has seen so many requests in all."""
-    clients = [Client(process.url) for _ in range(CLIENTS)]
+async def ask_until_killed(
+    process: Process, upstream: ScriptedUpstream, after: int, pause_s: float = 0.0, *, count: int = CLIENTS
+) -> list[Client]:
+    """Let so many clients ask, and kill the daemon a moment after the upstream has seen ``after`` requests in all."""
+    clients = [Client(process.url) for _ in range(count)]
     asking = [asyncio.ensure_future(client.ask_on()) for client in clients]
-    await upstream.requested(after)
+    seen: asyncio.Future[Any] = asyncio.ensure_future(upstream.requested(after))
+    refused: asyncio.Future[Any] = asyncio.gather(*asking)
+    await asyncio.wait({seen, refused}, return_when=asyncio.FIRST_COMPLETED)
+    seen.cancel()
     await asyncio.sleep(pause_s)
-    assert -signal.SIGKILL == await process.stop(signal.SIGKILL)
-    await asyncio.gather(*asking)
+    assert await process.stop(signal.SIGKILL) == -signal.SIGKILL
+    await refused
     return clients
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 async def test_no_kill_lets_a_daily_limit_be_overspent(seed: int, tmp_path: Path, upstreams: Upstreams) -> None:
     """Killed at random under load, again and again, it is used to the last request and not one further."""
-    upstream, draw = await upstreams(SLOW), random.Random(seed)
+    draw, kills = random.Random(seed), 0
+    upstream = await upstreams(lambda _request: slow(draw.uniform(0, ANSWER_S)))
     zone = calm_zone(time.time())
     config = write_config(tmp_path, config_text({"free": upstream}, extra=PER_DAY.format(limit=LIMIT, zone=zone)))
     clients: list[Client] = []
 
-    for _ in range(KILLS):
+    while len(upstream.requests) + 3 * CLIENTS < LIMIT and not any(client.refused for client in clients):
         async with serving("--config", config, folder=tmp_path) as process:
             after = len(upstream.requests) + draw.randint(1, CLIENTS)
-            clients += await ask_until_killed(process, upstream, after, draw.uniform(0, 0.08))
+            clients += await ask_until_killed(process, upstream, after, draw.uniform(0, ANSWER_S))
+            kills += 1
     async with serving("--config", config, folder=tmp_path) as process:
         last = [Client(process.url) for _ in range(CLIENTS)]
         await asyncio.gather(*(client.ask_on() for client in last))
@@ -94,9 +106,10 @@ async def test_no_kill_lets_a_daily_limit_be_overspent(seed: int, tmp_path: Path
         expected_s = until_midnight_s(zone, time.time())
 
     served = sum(client.served for client in clients + last)
-    print(f"{served} of {LIMIT} served, {len(upstream.requests)} sent, {KILLS} kills with {CLIENTS} in flight")
+    print(f"{served} of {LIMIT} served, {len(upstream.requests)} sent, {kills} kills with up to {CLIENTS} in flight")
+    assert kills >= 2
     assert len(upstream.requests) <= LIMIT
-    assert served >= LIMIT - KILLS * CLIENTS
+    assert served >= LIMIT - kills * CLIENTS
     assert all(client.refused for client in last)
     assert status == 429
     assert int(headers["Retry-After"]) == pytest.approx(expected_s, abs=5)
@@ -109,11 +122,12 @@ async def test_what_was_in_flight_at_a_kill_counts_as_spent(tmp_path: Path, upst
     config = write_config(tmp_path, config_text({"free": upstream}, extra=per_day))
 
     async with serving("--config", config, folder=tmp_path) as process:
-        await ask_until_killed(process, upstream, after=1, pause_s=0)
+        await ask_until_killed(process, upstream, after=1, count=1)
     async with serving("--config", config, folder=tmp_path) as process:
         client = Client(process.url)
         await client.ask_on()
 
+    assert (client.served, client.refused) == (2, True)
     assert len(upstream.requests) == 3
 
 
@@ -124,12 +138,12 @@ async def test_a_stop_keeps_breakers_and_latencies(tmp_path: Path, upstreams: Up
     config = write_config(tmp_path, config_text({"broken": broken, "fine": fine}, defaults=patient))
 
     async with serving("--config", config, folder=tmp_path) as process:
-        assert [200] * 3 == [(await post(process.url, HELLO))[0] for _ in range(3)]
+        assert [(await post(process.url, STREAM))[0] for _ in range(3)] == [200] * 3
         before = await metrics(process.url)
         assert await process.stop() == 0
     async with serving("--config", config, folder=tmp_path) as process:
         after = await metrics(process.url)
-        assert (await post(process.url, HELLO))[0] == 200
+        assert (await post(process.url, STREAM))[0] == 200
 
     assert state_of(after, "broken") == {"open": 1, "closed": 0, "half-open": 0}
     assert state_of(after, "fine") == {"open": 0, "closed": 1, "half-open": 0}

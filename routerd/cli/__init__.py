@@ -10,7 +10,9 @@ import argparse
 import importlib
 import os
 import pkgutil
+import shutil
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -20,6 +22,8 @@ EXIT_FINE = 0
 EXIT_WRONG = 1  # something was found to be wrong
 EXIT_USAGE = 2
 EXIT_CONFIG = 78  # EX_CONFIG: systemd is told not to restart on it
+
+FOLDED = 20  # characters; a table's last column is not folded to less
 
 
 class Command(Protocol):
@@ -66,3 +70,34 @@ def print_problems(problems: tuple[config.Problem, ...], prefix: str = "") -> No
     """To stderr, one a line."""
     for problem in problems:
         print(f"{prefix}{problem}", file=sys.stderr)
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Collection[str]) -> None:
+    """In columns; prettier on a terminal that is wide enough, with the last one folded. ``numeric``: to the right."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    if sys.stdout.isatty() and sum(widths[:-1]) + 3 * len(widths) + FOLDED <= shutil.get_terminal_size().columns:
+        _print_rich(headings, rows, numeric)
+        return
+    for row in (headings, *rows):
+        cells = zip(headings, row, widths, strict=True)
+        print(
+            "  ".join(
+                text.rjust(width) if head in numeric else text.ljust(width) for head, text, width in cells
+            ).rstrip()
+        )
+
+
+def _print_rich(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Collection[str]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in numeric else "left", no_wrap=heading != headings[-1])
+    before = ""
+    for row in rows:
+        table.add_row(*(Text("" if text == before and place == 0 else text) for place, text in enumerate(row)))
+        before = row[0]
+    Console().print(table)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from routerd import catalog, cli
 from routerd.canonical import Price, Upstream
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         tiers = [dict.fromkeys(f"{upstream.provider}/{upstream.model}" for upstream in tier) for tier in route.tiers]
         print(f"{route.name}: {' > '.join(' | '.join(tier) for tier in tiers)}")
     print(f"\nUSD per million tokens, as of {catalog.load().as_of} where the config says nothing else\n")
-    _print_table([_row(upstream) for upstream in _offers(loaded)])
+    cli.print_table(HEADINGS, [_row(upstream) for upstream in _offers(loaded)], NUMERIC)
     return cli.EXIT_FINE
 
 
@@ -93,33 +92,3 @@ def _document(loaded: Config) -> dict[str, object]:
             for upstream in _offers(loaded)
         ],
     }
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    if sys.stdout.isatty():
-        _print_rich(rows)
-        return
-    widths = [max(map(len, column)) for column in zip(HEADINGS, *rows, strict=True)]
-    for row in (HEADINGS, *rows):
-        cells = zip(HEADINGS, row, widths, strict=True)
-        print(
-            "  ".join(
-                text.rjust(width) if head in NUMERIC else text.ljust(width) for head, text, width in cells
-            ).rstrip()
-        )
-
-
-def _print_rich(rows: Sequence[tuple[str, ...]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right" if heading in NUMERIC else "left", no_wrap=heading != "CAN")
-    before = ""
-    for row in rows:
-        table.add_row(*(Text("" if text == before and place == 0 else text) for place, text in enumerate(row)))
-        before = row[0]
-    Console().print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from routerd.config import ConfigError, find, load
@@ -25,13 +26,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until stopped."""
+    read = partial(load, find(args.config, os.environ, Path.cwd()), os.environ, args.listen)
     try:
-        config = load(find(args.config, os.environ, Path.cwd()), os.environ, args.listen)
+        serve(read(), state_dir(os.environ), read)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return os.EX_CONFIG
-    try:
-        serve(config, state_dir(os.environ))
     except (StateError, OSError) as error:
         print(f"routerd: {error}", file=sys.stderr)
         return 1

@@ -13,7 +13,9 @@ Three rules keep what leaves here sound:
 * the answer is whole once the model has given a finish reason. ``[DONE]`` alone proves nothing, so a ``[DONE]`` before
   any finish reason is kept back for ``close`` to report, and never reaches a client as a clean end;
 * a tool call is announced once, with its id and name. Where they come late, its blocks wait and leave as one frame;
-* the empty deltas and empty choices that servers send as keep-alives carry no event.
+* the empty deltas and empty choices that servers send as keep-alives carry no event;
+* what a vendor seals (``extra_content`` of a call, ``reasoning_details``) is kept as JSON and never looked into, but
+  for joining the pieces of a text that came in several.
 
 *Streams out.* A chunk is fixed bytes around one delta. Usage is kept until the end, because the last report stands and
 clients expect it in one chunk before ``[DONE]``.
@@ -64,6 +66,7 @@ from routerd.dialects.chat_translate import decode_request, encode_request
 from routerd.dialects.sse import BLOCK_BYTES_MAX, BODY, DONE, Block, Framer
 
 FAULT_TEXT_MAX: Final = 2000  # characters of an upstream's error kept for the classifier
+DETAILS_BYTES_MAX: Final = 4 * 1024 * 1024  # of an answer's sealed thinking; of more, none is kept
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -82,6 +85,7 @@ class _Piece(msgspec.Struct, gc=False):
     index: int | None = None
     id: str | int | None = None
     function: _Function | None = None
+    extra_content: msgspec.Raw = msgspec.Raw()  # Gemini's seal on a call
 
 
 class _Part(msgspec.Struct, gc=False):
@@ -102,6 +106,7 @@ class _Delta(msgspec.Struct, gc=False):
     refusal: str | None = None
     tool_calls: list[_Piece] | None = None
     function_call: _Function | None = None
+    reasoning_details: msgspec.Raw = msgspec.Raw()  # thinking as OpenRouter wants it back: a list, in pieces
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -164,13 +169,13 @@ _END: Final = End()
 _NO_EVENTS: Final[tuple[Event, ...]] = ()
 
 
-def _finish(reason: str, *, calls: bool) -> Finish:
+def _finish(reason: str, *, calls: bool, details: str) -> Finish:
     """Return the reason in our words; an unknown one is taken for a plain stop, since the model did give a reason.
 
     Some servers say ``stop`` after tool calls, which would keep a client from running them.
     """
     known = _FINISH_REASONS.get(reason) or _FINISH_REASONS.get(reason.lower(), "stop")
-    return Finish("tool_calls" if calls and known == "stop" else known)
+    return Finish("tool_calls" if calls and known == "stop" else known, details)
 
 
 def _read_text(delta: _Delta, events: list[Event]) -> None:
@@ -198,25 +203,82 @@ def _read_parts(parts: list[_Part], events: list[Event]) -> None:
             events.append(TextDelta(0, part.text))
 
 
+# --- answers: sealed thinking -----------------------------------------------------------------------------------------
+
+_OBJECT_START, _LIST_START = b"{["
+_EMPTY_LIST_BYTES: Final = 2
+_JOINED_FIELDS: Final = {"reasoning.text": "text", "reasoning.summary": "summary"}  # what comes in pieces, by type
+_decode_details: Final = msgspec.json.Decoder(list[list[dict[str, Any]]]).decode
+
+
+class _Details:
+    """The sealed thinking of one answer, collected from pieces."""
+
+    __slots__ = ("_pieces", "_size")
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def add(self, details: msgspec.Raw) -> None:
+        if len(details) > _EMPTY_LIST_BYTES and memoryview(details)[0] == _LIST_START:
+            self._size += len(details)
+            self._pieces.append(bytes(details))
+            if self._size > DETAILS_BYTES_MAX:
+                self._pieces.clear()
+
+    def text(self) -> str:
+        """All of it as one JSON list, or "" if there is none or too much."""
+        if not self._pieces or self._size > DETAILS_BYTES_MAX:
+            return ""
+        if len(self._pieces) == 1:
+            return self._pieces[0].decode("utf-8", "replace")
+        try:
+            pieces = _decode_details(b"[" + b",".join(self._pieces) + b"]")
+        except JSON_ERRORS:
+            return ""
+        return _encode(_joined([detail for piece in pieces for detail in piece])).decode()
+
+
+def _joined(details: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join neighbouring pieces of one text, as OpenRouter's own client does; a field is kept where it is first given."""
+    joined: list[tuple[dict[str, Any], list[str]]] = []
+    for detail in details:
+        field = _JOINED_FIELDS.get(str(detail.get("type")), "")
+        piece = detail.get(field)
+        texts = [piece] if isinstance(piece, str) else []
+        if field and joined and all(joined[-1][0].get(name) == detail.get(name) for name in ("type", "index")):
+            last, last_texts = joined[-1]
+            last_texts += texts
+            last.update({name: value for name, value in detail.items() if name != field and not last.get(name)})
+        else:
+            joined.append((detail, texts))
+    return [
+        detail | {_JOINED_FIELDS[detail["type"]]: "".join(texts)} if len(texts) > 1 else detail
+        for detail, texts in joined
+    ]
+
+
 # --- answers: tool calls ----------------------------------------------------------------------------------------------
 
 
 class _Call:
     """A tool call of the answer being read. ``pending``: arguments that came before it could be announced."""
 
-    __slots__ = ("announced", "begun", "id", "index", "name", "pending")
+    __slots__ = ("announced", "begun", "id", "index", "name", "pending", "signature")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.id = ""
         self.name = ""
+        self.signature = ""
         self.pending = ""
         self.announced = False
         self.begun = False  # arguments have come
 
     def announce(self, events: list[Event]) -> None:
         self.announced = True
-        events.append(ToolStart(self.index, self.id, self.name))
+        events.append(ToolStart(self.index, self.id, self.name, self.signature))
         if self.pending:
             events.append(ToolDelta(self.index, self.pending))
             self.pending = ""
@@ -263,6 +325,7 @@ class _Calls:
             call = self._open(piece.index, events)
         call.id = call.id or identity
         call.name = call.name or name
+        call.signature = call.signature or _object_text(piece.extra_content)
         if not call.announced and call.name and (call.id or arguments):
             call.announce(events)
         if arguments:
@@ -295,6 +358,11 @@ class _Calls:
         self._slots[call.index if index is None else index] = call
         self.count += 1
         return call
+
+
+def _object_text(value: msgspec.Raw) -> str:
+    """The JSON of an object, "" for anything else."""
+    return bytes(value).decode("utf-8", "replace") if value and memoryview(value)[0] == _OBJECT_START else ""
 
 
 def _arguments(value: Any) -> str:
@@ -431,11 +499,12 @@ def _read_odd_chunk(data: bytes) -> _Chunk | Fault:
 class ChatDecoder:
     """Reads one attempt's stream."""
 
-    __slots__ = ("_calls", "_ended", "_events", "_finished", "_framer", "_holding", "_raw", "_started")
+    __slots__ = ("_calls", "_details", "_ended", "_events", "_finished", "_framer", "_holding", "_raw", "_started")
 
     def __init__(self) -> None:
         self._framer = Framer()
         self._calls = _Calls()
+        self._details = _Details()
         self._started = False
         self._finished = False
         self._ended = False
@@ -515,6 +584,7 @@ class ChatDecoder:
                 and delta.reasoning_content is None
                 and delta.reasoning is None
                 and delta.tool_calls is None
+                and len(delta.reasoning_details) <= _EMPTY_LIST_BYTES
             ):
                 return (TextDelta(0, content),)
             events: list[Event] = []
@@ -544,6 +614,8 @@ class ChatDecoder:
 
     def _read_delta(self, delta: _Delta, events: list[Event]) -> None:
         _read_text(delta, events)
+        if delta.reasoning_details:
+            self._details.add(delta.reasoning_details)
         if delta.tool_calls or delta.function_call is not None:
             _read_calls(delta, self._calls, events)
             self._holding = self._holding or self._calls.waiting
@@ -575,7 +647,8 @@ class ChatDecoder:
         if fault is None and choice.finish_reason and not self._finished:
             self._finished = True
             self._calls.settle(events)
-            events.append(_finish(choice.finish_reason, calls=self._calls.count > 0))
+            details = self._details.text()
+            events.append(_finish(choice.finish_reason, calls=self._calls.count > 0, details=details))
         return fault
 
     def _read_bare(self, chunk: _Chunk, block: Block) -> tuple[Event, ...]:
@@ -660,11 +733,12 @@ def _read_body(body: bytes) -> list[Event]:
 
 def _read_message(chunk: _Chunk, choice: _Choice, message: _Delta, reason: str) -> list[Event]:
     events: list[Event] = [Start("" if chunk.id is None else str(chunk.id), chunk.model or "")]
-    calls = _Calls()
+    calls, details = _Calls(), _Details()
     _read_text(message, events)
     _read_calls(message, calls, events)
     calls.settle(events)
-    events.append(_finish(reason, calls=calls.count > 0))
+    details.add(message.reasoning_details)
+    events.append(_finish(reason, calls=calls.count > 0, details=details.text()))
     _read_extras(chunk, choice, events)
     events.append(_END)
     return events
@@ -715,7 +789,8 @@ class ChatEncoder:
 
     def _on_tool_start(self, event: ToolStart) -> bytes:
         function = {"name": event.name, "arguments": ""}
-        return self._tool({"index": event.index, "id": event.id, "type": "function", "function": function})
+        call = {"index": event.index, "id": event.id, "type": "function", "function": function}
+        return self._tool(call | _sealed("extra_content", event.signature))
 
     def _on_tool_delta(self, event: ToolDelta) -> bytes:
         return self._tool({"index": event.index, "function": {"arguments": event.arguments}})
@@ -728,7 +803,8 @@ class ChatEncoder:
         return b""
 
     def _on_finish(self, event: Finish) -> bytes:
-        return self._chunk + b'{},"finish_reason":' + _encode(event.reason) + b"}]}\n\n"
+        delta = _encode(_sealed("reasoning_details", event.details))
+        return self._chunk + delta + b',"finish_reason":' + _encode(event.reason) + b"}]}\n\n"
 
     def _on_end(self, _: End) -> bytes:
         done = b"data: " + DONE + b"\n\n"
@@ -755,6 +831,11 @@ class ChatEncoder:
     }
 
 
+def _sealed(name: str, text: str) -> dict[str, msgspec.Raw]:
+    """JSON that is not ours to look into, as a field where there is any."""
+    return {name: msgspec.Raw(text.encode())} if text else {}
+
+
 def _usage(usage: Usage) -> dict[str, Any]:
     report = {
         "prompt_tokens": usage.input_tokens,
@@ -769,13 +850,14 @@ def _usage(usage: Usage) -> dict[str, Any]:
 class _Message:
     """The message of a whole answer, folded from events."""
 
-    __slots__ = ("_calls", "_reason", "_reasoning", "_text", "_usage")
+    __slots__ = ("_calls", "_details", "_reason", "_reasoning", "_text", "_usage")
 
     def __init__(self, events: Iterable[Event]) -> None:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: dict[int, tuple[ToolStart, list[str]]] = {}
         self._reason: FinishReason | None = None
+        self._details = ""
         self._usage: Usage | None = None
         for event in events:
             self._fold(event)
@@ -791,7 +873,7 @@ class _Message:
             case ToolDelta():
                 self._calls[event.index][1].append(event.arguments)
             case Finish():
-                self._reason = event.reason
+                self._reason, self._details = event.reason, event.details
             case UsageReport():
                 self._usage = event.usage
             case _:
@@ -814,9 +896,11 @@ class _Message:
         message: dict[str, Any] = {"role": "assistant", "content": None if self._calls and not text else text}
         if self._reasoning:
             message["reasoning_content"] = "".join(self._reasoning)
+        message |= _sealed("reasoning_details", self._details)
         if self._calls:
             message["tool_calls"] = [
                 {"id": start.id, "type": "function", "function": {"name": start.name, "arguments": "".join(arguments)}}
+                | _sealed("extra_content", start.signature)
                 for start, arguments in self._calls.values()
             ]
         return message

@@ -4,12 +4,17 @@ An agent executes what it is given, so a call is checked before it leaves: its a
 offered, what the tool requires is there, and each top-level argument is of a type its schema allows. Deeper than that
 vendors' schemas are too often wrong themselves to refuse an answer over them.
 
-Repair is done only where it is certain: the arguments stand in a code fence, are JSON encoded twice, or have a comma
-before a closing bracket, and what comes out satisfies the schema. Anything else is never guessed at.
+Repair is done only where it is certain: there are no arguments at all, which is how some vendors spell ``{}``; or they
+stand in a code fence, are JSON encoded twice, or have a comma between a value and a closing bracket, and what comes out
+satisfies the schema. Anything else is never guessed at.
+
+What is ugly: msgspec refuses lone surrogates (an emoji that the model cut in two), although agents read them. Then, and
+only then, the standard library has the last word on what is JSON.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,8 +25,12 @@ Schemas = Mapping[str, Mapping[str, Any]]  # tool -> the JSON Schema of its argu
 
 BAD_ARGUMENTS = "bad_arguments"  # not a JSON object, and not repairable: nobody could act on it
 
-_FENCE = re.compile(r"\A\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
-_STRING_OR_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[}\]])')
+FENCE = "```"
+_LANGUAGE = re.compile(r"[a-zA-Z]*\s")
+
+# Strings (the last one perhaps cut off) and commas after no value stand in the way of the commas looked for. Each
+# alternative takes all it has looked at, so the time is linear even for arguments of a megabyte.
+_TRAILING_COMMA = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[{\[,:]\s*,|(?P<comma>,)(?=\s*[}\]])', re.DOTALL)
 
 
 def _is_number(value: Any) -> bool:
@@ -32,7 +41,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "boolean": lambda value: isinstance(value, bool),
     "number": _is_number,
-    "integer": lambda value: _is_number(value) and float(value).is_integer(),
+    "integer": lambda value: _is_number(value) and (isinstance(value, int) or value.is_integer()),
     "array": lambda value: isinstance(value, list),
     "object": lambda value: isinstance(value, dict),
     "null": lambda value: value is None,
@@ -51,6 +60,9 @@ def check(name: str, arguments: str, schemas: Schemas) -> Checked:
     if schemas and name not in schemas:
         return Checked("unknown_tool")
     schema = schemas.get(name, {})
+    if not arguments.strip():
+        code = _misfit({}, schema)
+        return Checked(code) if code else Checked(repaired="{}")
     value = _object(arguments)
     if value is not None:
         return Checked(_misfit(value, schema))
@@ -62,14 +74,26 @@ def check(name: str, arguments: str, schemas: Schemas) -> Checked:
 
 
 def _object(text: str) -> dict[str, Any] | None:
-    """The arguments, if they are a JSON object. No text at all is how some vendors spell ``{}``."""
-    if not text.strip():
-        return {}
-    try:
-        value = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return None
+    """The arguments, if they are a JSON object."""
+    value = _decoded(text)
     return value if isinstance(value, dict) else None
+
+
+def _decoded(text: str) -> Any:
+    """The value; None if it is not JSON (or is null: of no use here either)."""
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError, RecursionError):
+        pass
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse(constant: str) -> None:
+    """NaN and the like are JSON to Python alone."""
+    raise ValueError(constant)
 
 
 def _misfit(value: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
@@ -93,14 +117,20 @@ def _allowed(value: Any, schema: Any) -> bool:
 
 
 def _repairs(text: str) -> Iterator[str]:
-    fenced = _FENCE.match(text)
-    if fenced is not None:
-        text = fenced.group(1)
-        yield text
-    try:
-        inner = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeError, RecursionError):
-        yield _STRING_OR_COMMA.sub(lambda match: match.group(0) if match.group(0) != "," else "", text)
-        return
+    bare = _without_fence(text)
+    if bare != text:
+        yield bare
+    inner = _decoded(bare)
     if isinstance(inner, str):
         yield inner
+    elif inner is None:
+        yield _TRAILING_COMMA.sub(lambda match: "" if match["comma"] else match[0], bare)
+
+
+def _without_fence(text: str) -> str:
+    stripped = text.strip()
+    if not (len(stripped) > 2 * len(FENCE) and stripped.startswith(FENCE) and stripped.endswith(FENCE)):
+        return text
+    inside = stripped[len(FENCE) : -len(FENCE)]
+    language = _LANGUAGE.match(inside)
+    return inside[language.end() :].strip() if language else inside.strip()

@@ -158,8 +158,8 @@ IN_BAND_VERDICTS: dict[Outcome, Verdict] = {cause: _in_band(found) for cause, fo
 
 
 def verdict(failure: Failure) -> Verdict:
-    """The row of the table for this failure; an error inside a 200 goes by its cause."""
-    if failure.outcome is Outcome.IN_BAND_ERROR and failure.cause is not None:
+    """The row of the table for this failure; an error inside a 200, and an answer nobody is to blame for, by its cause."""
+    if failure.cause is not None:
         return IN_BAND_VERDICTS[failure.cause]
     return VERDICTS[failure.outcome]
 

@@ -1,34 +1,58 @@
-"""Joining a new attempt's answer to what the client already has, so that no byte is said twice.
+"""Joining a new attempt's answer to what the client already has, so that no byte is said twice and none is left out.
 
 Theory of operation
 -------------------
 The client has ``sent`` (text, nothing else of weight). A new attempt was made in one of three ways; each tells what its
 text means:
 
-* ``prefill``: the model went on writing a trailing assistant turn. Its text is the rest, unless the server repeats the
-  whole turn first (some do): text that is still equal to ``sent`` from the start is held until it differs. The turn was
-  given without its trailing white space, which some vendors refuse, so that may come once more.
-* ``instructed``: the model was asked to go on. It may repeat the last words: the longest beginning of its text that is
-  an ending of ``sent`` is cut, if it is ``OVERLAP_MIN`` long or longer; shorter ones are chance. Until ``HORIZON``
-  characters (or the end) are there, all is held.
-* ``rerun``: the unchanged request was made again and its whole answer is here. If it makes tool calls, they are sent
-  alone: the text already sent stands for their preamble. If it is text that begins with ``sent``, the rest is sent.
+* ``prefill``: the model went on writing a trailing assistant turn. Its text is the rest, unless the server gives the
+  whole turn back first, as some do: that is cut off.
+* ``instructed``: the model was asked to go on. It may repeat all that was sent, or the end of it: the longest beginning
+  of its text that is an ending of ``sent`` is cut off, if it is long and varied enough to be meant. If nothing was
+  missing it says ``COMPLETE``, which nobody else gets to see, here or at the end.
+* ``rerun``: the unchanged request was made again and its whole answer is here. If its text begins with ``sent``, what
+  follows is sent. Else, if it makes tool calls, they are sent alone: the text already sent stands for their preamble.
   Anything else cannot be joined, and raises ``Diverged`` before anything is given out.
 
-``Splice`` is fed events and gives back those to send. It never gives a ``Start``: there was one.
+A turn is handed over without its trailing white space, which some vendors refuse, so that may come once more: of the
+white space at the seam, what both sides have counts once.
+
+Text is held only as long as it may still turn out to be a repetition, that is while all of it stands in ``sent`` as
+well. So how the text was cut into deltas makes no difference to the outcome, and little is held: a few words as a rule.
+
+``Splice`` is fed events and gives back those to send. It never gives a ``Start``: there was one. A ``document`` (the
+text as a whole must be JSON) has to be fed in one piece, and raises ``Diverged`` if the two parts do not make one.
+
+What is ugly: a repetition of less than ``OVERLAP_MIN`` characters cannot be told from chance, so it stays; and a model
+that goes on with the very words it ended with (a refrain) loses them once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from routerd.canonical import End, Event, Finish, ReasoningDelta, Start, TextDelta, ToolDelta, ToolStart, UsageReport
+import msgspec
+
+from routerd.canonical import (
+    COMPLETE,
+    End,
+    Event,
+    Finish,
+    ReasoningDelta,
+    Start,
+    TextDelta,
+    ToolDelta,
+    ToolStart,
+    UsageReport,
+)
 
 Manner = Literal["prefill", "instructed", "rerun"]
 
-OVERLAP_MIN = 8
-HORIZON = 240  # characters of an instructed continuation looked at for an overlap
+OVERLAP_MIN = 8  # characters; shorter repetitions are chance
+OVERLAP_VARIETY_MIN = 4  # different letters or digits in it: rulers, brackets and blank lines repeat by nature
+LOOKBACK = 4096  # characters: an overlap that begins further back is found only if it begins at the very start
+_CLOSING = frozenset(".!?…。！？)]}>\"'”’»`*|")  # noqa: RUF001 - full stops of other scripts are meant
 
 
 class Diverged(Exception):
@@ -38,14 +62,20 @@ class Diverged(Exception):
 class Splice:
     """One attempt's events, made to fit behind ``sent``."""
 
-    __slots__ = ("_held", "_joined", "_manner", "_sent", "_text")
+    __slots__ = ("_document", "_joined", "_kept", "_manner", "_seam", "_sent", "_text")
 
-    def __init__(self, manner: Manner, sent: str) -> None:
+    def __init__(self, manner: Manner, sent: str, *, document: bool = False) -> None:
         self._manner = manner
+        self._seam = _Seam(sent, overlaps=manner == "instructed")
         self._sent = sent
         self._text = ""  # of the new attempt, until it is joined
-        self._held: list[Event] = []
+        self._kept = ""  # of an instructed continuation: its end, while it may be the beginning of ``COMPLETE``
         self._joined = False
+        self._document: list[str] | None = [sent] if document else None
+
+    def __repr__(self) -> str:
+        state = "joined" if self._joined else f"holding {len(self._text)} characters"
+        return f"<Splice {self._manner} behind {len(self._sent)} characters, {state}>"
 
     def feed(self, events: Iterable[Event]) -> list[Event]:
         """Take events as they may be released; give those to send. Raises ``Diverged``."""
@@ -56,61 +86,132 @@ class Splice:
 
     def _one(self, event: Event) -> Sequence[Event]:
         kind = type(event)
+        if kind is TextDelta:
+            return self._on_text(event.text)  # type: ignore[union-attr]  # kind is checked above
         if kind is Start or (kind is ReasoningDelta and not self._joined):
             return ()
-        if self._joined:
-            return (event,)
-        if kind is TextDelta:
-            self._text += event.text  # type: ignore[union-attr]  # kind is checked above
-            return self._try_join(last=False)
         if kind in (Finish, End, ToolStart, ToolDelta):
-            return (*self._try_join(last=True), event) if self._manner != "rerun" else self._rerun(event)
-        return (event,) if kind is UsageReport else ()
+            given = (*self._on_last_text(event), event)
+            if kind is Finish and event.reason == "stop":  # type: ignore[union-attr]  # kind is checked above
+                self._check_document()
+            return given
+        return (event,)
 
-    def _try_join(self, *, last: bool) -> Sequence[Event]:
+    def _on_text(self, text: str) -> Sequence[Event]:
+        if self._joined:
+            return self._said(text)
+        self._text += text
         if self._manner == "rerun":
             return ()
-        rest = self._after_echo(last) if self._manner == "prefill" else self._after_overlap(last)
-        if rest is None:
-            return ()
-        self._joined = True
-        return (TextDelta(0, rest),) if rest else ()
+        rest = self._seam.rest(self._text, last=False)
+        return () if rest is None else self._join(rest)
 
-    def _after_echo(self, last: bool) -> str | None:
-        """The text without a repetition of all that was sent; None while that is still open."""
-        given = self._sent.rstrip()
-        space = self._sent[len(given) :]
-        rest = self._text
-        if rest.startswith(given):
-            rest = rest[len(given) :]
-        elif given.startswith(rest) and not last:
-            return None
-        if space.startswith(rest) and not last:
-            return None
-        return rest.removeprefix(space)
+    def _on_last_text(self, event: Event) -> Iterator[Event]:
+        """No more text will come, or none that belongs to what was held so far."""
+        if not self._joined:
+            yield from self._join(self._rest_of_rerun(event) if self._manner == "rerun" else self._rest_at_last())
+        if self._kept and self._kept.rstrip() != COMPLETE:
+            yield self._text_event(self._kept)
+        self._kept = ""
 
-    def _after_overlap(self, last: bool) -> str | None:
-        """The text without a repetition of the last words; None while more of it must be seen."""
-        if len(self._text) < HORIZON and not last:
-            return None
+    def _rest_at_last(self) -> str:
+        rest = self._seam.rest(self._text, last=True)
+        assert rest is not None  # what is last is never left open  # noqa: S101
+        return rest
+
+    def _rest_of_rerun(self, event: Event) -> str:
         if self._text.startswith(self._sent):
             return self._text[len(self._sent) :]
-        return self._text[overlap(self._sent, self._text) :]
-
-    def _rerun(self, event: Event) -> Sequence[Event]:
-        """The first event that is not text decides, for the whole of a re-run is here before it is fed."""
-        self._joined = True
         if type(event) is ToolStart:
-            return (event,)
-        if self._text.startswith(self._sent):
-            rest = self._text[len(self._sent) :]
-            return (TextDelta(0, rest), event) if rest else (event,)
+            return ""
         raise Diverged
+
+    def _join(self, rest: str) -> Sequence[Event]:
+        self._joined = True
+        self._text = ""
+        return self._said(rest)
+
+    def _said(self, text: str) -> Sequence[Event]:
+        """Text to send, less its end while that may be the beginning of ``COMPLETE``."""
+        if self._manner == "instructed":
+            text = self._kept + text
+            self._kept = _beginning_of_mark(text)
+            text = text.removesuffix(self._kept)
+        return (self._text_event(text),) if text else ()
+
+    def _text_event(self, text: str) -> TextDelta:
+        if self._document is not None:
+            self._document.append(text)
+        return TextDelta(0, text)
+
+    def _check_document(self) -> None:
+        if self._document is None:
+            return
+        try:
+            msgspec.json.decode("".join(self._document), type=msgspec.Raw)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            raise Diverged from None
+
+
+class _Seam:
+    """Where the new text goes on from the old one."""
+
+    __slots__ = ("_end", "_given", "_overlaps", "_space")
+
+    def __init__(self, sent: str, *, overlaps: bool) -> None:
+        self._given = sent.rstrip()  # what the model was shown
+        self._space = sent[len(self._given) :]
+        self._end = self._given[-LOOKBACK:]
+        self._overlaps = overlaps
+
+    def rest(self, text: str, *, last: bool) -> str | None:
+        """The text without what it repeats; None while more of it must be seen to say. Never None for the ``last``."""
+        open_still = self._given.startswith(text) or (self._overlaps and text in self._end)
+        if open_still and not last:
+            return None
+        return self._after_space(text[self._repeated(text) :], last=last)
+
+    def _repeated(self, text: str) -> int:
+        """How many characters at the beginning of the text stand at the end of what was sent."""
+        given = self._given
+        if text.startswith(given) and (len(given) >= OVERLAP_MIN or _ends_word(given, text)):
+            return len(given)
+        return overlap(self._end, text) if self._overlaps else 0
+
+    def _after_space(self, rest: str, *, last: bool) -> str | None:
+        space = self._space
+        if not space:
+            return rest
+        blank = len(rest) - len(rest.lstrip())
+        if blank == len(rest) < len(space) and not last:
+            return None
+        repeated = max(length for length in range(min(blank, len(space)) + 1) if space.endswith(rest[:length]))
+        return rest[repeated:]
+
+
+def _ends_word(given: str, text: str) -> bool:
+    """True if so short a beginning is a word of its own in both: ``I`` and ``I will``, not ``ha`` and ``haha``."""
+    return given[-1:].isalpha() and not text[len(given) : len(given) + 1].isalnum()
 
 
 def overlap(sent: str, text: str) -> int:
-    """Length of the longest beginning of ``text`` that is an ending of ``sent``; 0 if it is too short to be meant."""
-    for length in range(min(len(sent), len(text), HORIZON), OVERLAP_MIN - 1, -1):
-        if sent.endswith(text[:length]):
-            return length
+    """Length of the longest beginning of ``text`` that is an ending of ``sent``; 0 if it is too slight to be meant."""
+    start = text[:OVERLAP_MIN]
+    at = sent.find(start) if len(start) == OVERLAP_MIN else -1
+    while at >= 0:
+        if text.startswith(sent[at:]):
+            varied = len({character for character in sent[at:] if character.isalnum()}) >= OVERLAP_VARIETY_MIN
+            return len(sent) - at if varied else 0
+        at = sent.find(start, at + 1)
     return 0
+
+
+def _beginning_of_mark(text: str) -> str:
+    """The ending of the text that ``COMPLETE`` may begin with, or is."""
+    at = text.rfind(COMPLETE[0])
+    return text[at:] if at >= 0 and COMPLETE.startswith(text[at:].rstrip()) else ""
+
+
+def seems_whole(text: str) -> bool:
+    """True if the text ends as texts end: then a model that adds nothing to it is believed at once."""
+    return text.rstrip()[-1:] in _CLOSING

@@ -11,9 +11,16 @@ Two folds over the same events, one on each side of the client's socket:
     costs it nothing, and a death in the middle of a call can be re-run unseen;
   - everything at all under ``whole`` delivery.
 
+  Blank text is not content yet: it says nothing, and a text that begins with it may turn out to be all there is.
+
   At the finish it checks the answer: a call that an agent cannot act on, or an answer with neither text nor call,
   raises ``BadAnswer`` while the frames are still held. What it raises on, it never releases. A call whose arguments
-  could be repaired with certainty leaves in frames of its own.
+  could be repaired with certainty leaves in frames of its own. After the finish nothing can make the answer less whole:
+  what an upstream then still reports as an error is dropped.
+
+  Some faults are *forgiven*: those another attempt at this exchange had as well. One model that calls a tool wrongly is
+  an accident, a second one means that this is how they understand the tool; and a call that the length limit cuts off
+  everywhere is left out, so that the client at least learns about the limit. Arguments that are not JSON never pass.
 
 * ``Transcript`` (per exchange, downstream side) folds what the client has really been sent. It is all that recovery
   needs to know of the past.
@@ -26,7 +33,7 @@ Ugly: after a call has begun, text of the same answer is held too, because frame
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import msgspec
@@ -37,7 +44,9 @@ from routerd.canonical import (
     Fault,
     Finish,
     Frame,
+    Reasoning,
     ReasoningDelta,
+    Remembered,
     Start,
     TextDelta,
     ToolDelta,
@@ -48,7 +57,12 @@ from routerd.canonical import (
 from routerd.policy.calls import BAD_ARGUMENTS, Schemas, check
 
 TEXT_CHARACTERS_MAX = 4 * 1024 * 1024  # of an answer's text kept for taking it up again
+THINKING_CHARACTERS_MAX = 1024 * 1024  # of an answer's thinking kept for its history
 HELD_BYTES_MAX = 16 * 1024 * 1024  # more held than this is no answer of a sane model
+
+EMPTY_ANSWER = "empty_answer"
+CUT_CALL = "cut_call"  # the length limit came in the middle of a call's arguments
+SCHEMA_CODES = frozenset({"unknown_tool", "missing_argument", "wrong_type"})
 
 
 class BadAnswer(Exception):
@@ -73,25 +87,37 @@ class Call(msgspec.Struct):
     index: int
     id: str
     name: str
+    signature: str = ""
     arguments: list[str] = msgspec.field(default_factory=list)
-
     repaired: str | None = None
+    left_out: bool = False
+
+
+class _Thinking(msgspec.Struct):
+    """A block of thinking being collected."""
+
+    texts: list[str] = msgspec.field(default_factory=list)
+    signature: str = ""
 
 
 class Gate:
     """Holds an attempt's frames until they may go downstream."""
 
     __slots__ = (
+        "_forgiven",
         "_held",
         "_held_bytes",
         "_open",
         "_schemas",
-        "_strict",
+        "_thinking",
+        "_thinking_characters",
         "_whole",
+        "altered",
         "calls",
         "characters",
         "ended",
         "finished",
+        "passed",
         "progress",
         "repairs",
         "start",
@@ -100,19 +126,24 @@ class Gate:
         "usage",
     )
 
-    def __init__(self, *, whole: bool, schemas: Callable[[], Schemas] | None = None, strict: bool = True) -> None:
+    def __init__(
+        self, *, whole: bool, schemas: Callable[[], Schemas] | None = None, forgiven: Collection[str] = ()
+    ) -> None:
         """``schemas`` gives those of the request's tools, asked for only when a call is made.
 
-        Not ``strict``: a call that is JSON but does not fit its schema passes. A model that insists on it should not
-        cost the turn.
+        ``forgiven``: codes out of ``SCHEMA_CODES``, ``CUT_CALL`` and ``EMPTY_ANSWER`` that make this answer no bad one.
         """
         self._whole = whole
         self._schemas = schemas
-        self._strict = strict
+        self._forgiven = forgiven
         self.repairs = 0
+        self.altered = False  # calls leave otherwise than the model wrote them
+        self.passed: list[Frame] = []  # what the last ``admit`` gave, or was about to give when it raised
         self._open = False  # frames pass as they come
         self._held: list[Frame] = []
         self._held_bytes = 0
+        self._thinking: dict[int, _Thinking] = {}
+        self._thinking_characters = 0
         self.start: Start | None = None
         self.started = False  # content of any kind has arrived
         self.text = False
@@ -126,8 +157,10 @@ class Gate:
     def admit(self, frames: Iterable[Frame]) -> list[Frame]:
         """Take what arrived; give what may be sent now. Raises ``BadAnswer`` and ``InBandFault``."""
         self.progress = False
-        passed: list[Frame] = []
+        self.passed = passed = []
         for frame in frames:
+            if self.finished is not None and _only_fault(frame):
+                continue
             for event in frame.events:
                 _FOLDS[type(event)](self, event)
             if self._open:
@@ -151,21 +184,30 @@ class Gate:
     def close(self) -> list[Frame]:
         """The upstream is at its end and the answer is whole: what is still held may go."""
         passed, self._held, self._held_bytes = self._held, [], 0
-        return [self._mended(frame) for frame in passed] if self.repairs else passed
+        return [self._mended(frame) for frame in passed] if self.altered else passed
 
     def _mended(self, frame: Frame) -> Frame:
         """The frame with repaired arguments in place of the model's; without bytes, so that it is encoded anew."""
         if not any(type(event) in (ToolStart, ToolDelta) for event in frame.events):
             return frame
-        repaired = {call.index: call.repaired for call in self.calls if call.repaired is not None}
+        calls = {call.index: call for call in self.calls}
         events: list[Event] = []
         for event in frame.events:
-            if type(event) is ToolDelta and event.index in repaired:
-                continue
-            events.append(event)
-            if type(event) is ToolStart and event.index in repaired:
-                events.append(ToolDelta(event.index, repaired[event.index]))
+            call = calls[event.index] if isinstance(event, ToolStart | ToolDelta) else None
+            if call is None or (call.repaired is None and not call.left_out):
+                events.append(event)
+            elif isinstance(event, ToolStart) and call.repaired is not None:
+                events += (event, ToolDelta(event.index, call.repaired))
         return Frame(b"", tuple(events))
+
+    def remembered(self, author: str) -> Remembered:
+        """What a client may leave out when it sends this answer back as history."""
+        return Remembered(
+            author,
+            tuple(Reasoning("".join(block.texts), block.signature) for block in self._thinking.values()),
+            self.finished.details if self.finished is not None else "",
+            {call.id: call.signature for call in self.calls if call.signature and call.id},
+        )
 
     # --- one method per kind of event -------------------------------------------------------------------------------
 
@@ -173,11 +215,25 @@ class Gate:
         self.start = self.start or event
 
     def on_text(self, event: TextDelta) -> None:
+        if not self.text and event.text.isspace():
+            self.characters += len(event.text)
+            self.progress = True
+            return
         self.text = True
         self._content(len(event.text))
 
     def on_reasoning(self, event: ReasoningDelta) -> None:
         self._content(len(event.text))
+        self._thinking_characters += len(event.text)
+        if self._thinking_characters > THINKING_CHARACTERS_MAX:
+            self._thinking.clear()
+            return
+        block = self._thinking.get(event.index)
+        if block is None:
+            block = self._thinking[event.index] = _Thinking()
+        block.texts.append(event.text)
+        if event.signature:
+            block.signature = event.signature
 
     def _content(self, characters: int) -> None:
         self.characters += characters
@@ -188,7 +244,7 @@ class Gate:
     def on_tool_start(self, event: ToolStart) -> None:
         self.started = self.progress = True
         self._open = False
-        self.calls.append(Call(event.index, event.id, event.name))
+        self.calls.append(Call(event.index, event.id, event.name, event.signature))
 
     def on_tool_delta(self, event: ToolDelta) -> None:
         self.progress = True
@@ -204,30 +260,42 @@ class Gate:
 
     def on_finish(self, event: Finish) -> None:
         if self.calls:
-            self._check_calls()
+            self._check_calls(cut=event.reason == "length")
         if not self.calls and not self.text and event.reason in ("stop", "tool_calls"):
-            raise BadAnswer("empty_answer")
+            self._object_to(EMPTY_ANSWER)
         self.finished = event
         self.progress = True
         self._open = not self._whole
 
-    def _check_calls(self) -> None:
+    def _check_calls(self, *, cut: bool) -> None:
         schemas = self._schemas() if self._schemas is not None else {}
         if any(not call.name for call in self.calls):
             raise BadAnswer("nameless_call")
         for call in self.calls:
             checked = check(call.name, "".join(call.arguments), schemas)
-            if checked.code == BAD_ARGUMENTS or (checked.code and self._strict):
-                raise BadAnswer(checked.code)
-            if checked.repaired is not None:
+            if checked.code == BAD_ARGUMENTS:
+                self._object_to(CUT_CALL if cut else BAD_ARGUMENTS)
+                call.left_out = self.altered = True
+            elif checked.code:
+                self._object_to(checked.code)
+            elif checked.repaired is not None:
                 call.repaired = checked.repaired
+                self.altered = True
                 self.repairs += 1
+
+    def _object_to(self, code: str) -> None:
+        if code not in self._forgiven:
+            raise BadAnswer(code)
 
     def on_end(self, event: End) -> None:  # noqa: ARG002 - every fold has the same shape
         self.ended = True
 
     def on_fault(self, event: Fault) -> None:
         raise InBandFault(event)
+
+
+def _only_fault(frame: Frame) -> bool:
+    return len(frame.events) == 1 and type(frame.events[0]) is Fault
 
 
 _FOLDS: dict[type, Callable[[Gate, Any], None]] = {
@@ -246,12 +314,13 @@ _FOLDS: dict[type, Callable[[Gate, Any], None]] = {
 class Transcript:
     """Fold of the events the client has received."""
 
-    __slots__ = ("_characters", "_text", "calls", "ended", "finished", "reasoning", "start")
+    __slots__ = ("_characters", "_spoken", "_text", "calls", "ended", "finished", "reasoning", "start")
 
     def __init__(self) -> None:
         self.start: Start | None = None
         self._text: list[str] = []
         self._characters = 0
+        self._spoken = False  # text that is not blank
         self.reasoning = False
         self.calls = 0
         self.finished = False
@@ -259,8 +328,11 @@ class Transcript:
 
     @property
     def committed(self) -> bool:
-        """True once text or a call is with the client: what was said cannot be unsaid. Reasoning can be begun anew."""
-        return self._characters > 0 or self.calls > 0
+        """True once text or a call is with the client: what was said cannot be unsaid.
+
+        Reasoning, and blank text behind it, can be begun anew.
+        """
+        return self._spoken or self.calls > 0
 
     @property
     def begun(self) -> bool:
@@ -290,6 +362,7 @@ class Transcript:
 
     def _note(self, text: str) -> None:
         self._characters += len(text)
+        self._spoken = self._spoken or not text.isspace()
         if self._characters <= TEXT_CHARACTERS_MAX:
             self._text.append(text)
         else:

@@ -6,25 +6,41 @@ and a friendly answer to any of them would make it take this for another kind of
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any, cast
 
+import msgspec
 import orjson
 from aiohttp import web
 
 from routerd.canonical import BadRequest, Failure, Outcome, Side
 from routerd.config import Config
 from routerd.dialects import DIALECTS, Dialect
+from routerd.proxy.downstream import ClientGone
 from routerd.proxy.exchange import Arrival, Exchange
 from routerd.proxy.guard import Guard
 from routerd.proxy.models import model_cards
+from routerd.proxy.page import PAGE, PAGE_HEADERS
 from routerd.proxy.pool import Pool
+from routerd.proxy.status import Moment, snapshot
 from routerd.telemetry import OTHER, ExchangeRecord, Telemetry
 
 JSON_TYPE = "application/json"
 NEAR_NAMES_MAX = 5
 OPEN_EXCHANGES_MAX = 8192  # at once; far above any agent host's, and within what one process holds in memory
+
+_ENDING = Failure(
+    Outcome.CANCELLED,
+    Side.ROUTER,
+    "connection lost: routerd is restarting and could wait no longer; ask again",
+    status=503,
+    code="restarting",
+    retry_after_s=1.0,
+)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -36,6 +52,10 @@ class App:
         self._telemetry = telemetry
         self._ids = _id_source()
         self._open = 0
+        self._began = time.monotonic()
+        self._running: dict[asyncio.Task[Any], Exchange] = {}
+        self._cut = False
+        self.closing = False  # every answer from now on is the last one of its connection
         self.adopt(config, pool)
 
     def adopt(self, config: Config, pool: Pool) -> None:
@@ -54,6 +74,7 @@ class App:
         for path, handler in self._small_answers().items():
             app.router.add_get(path, handler)
         app.router.add_route("*", "/{path:.*}", self._not_found)
+        app.on_response_prepare.append(self._on_prepare)
         return app
 
     def _small_answers(self) -> dict[str, Handler]:
@@ -63,6 +84,8 @@ class App:
             "/healthz": self._healthz,
             "/readyz": self._readyz,
             "/metrics": self._metrics,
+            "/status": self._status,
+            "/": self._page,
         }
 
     # --- exchanges --------------------------------------------------------------------------------------------------
@@ -76,15 +99,47 @@ class App:
             self._open += 1
             try:
                 arrival = await self._accept(request, dialect, arrived)
-                exchange = Exchange(arrival, self.pool, self._telemetry)
-                await exchange.run()
-                return exchange.downstream.response
+                return await self._run(Exchange(arrival, self.pool, self._telemetry), self.pool)
             except BadRequest as error:
                 return self._refuse(dialect, error.failure, arrived)
             finally:
                 self._open -= 1
 
         return handle
+
+    async def _run(self, exchange: Exchange, pool: Pool) -> web.StreamResponse:
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._running[task] = exchange
+        pool.enter()
+        try:
+            await exchange.run()
+        except asyncio.CancelledError:
+            if not self._cut:
+                raise
+            with contextlib.suppress(ClientGone):
+                await exchange.downstream.fail(_ENDING)
+        finally:
+            pool.leave()
+            del self._running[task]
+        return exchange.downstream.response
+
+    async def cut(self, limit_s: float) -> int:
+        """End the exchanges that are still open, each with an honest error. Returns how many there were."""
+        self._cut = True
+        tasks = list(self._running)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=limit_s)
+        return len(tasks)
+
+    @property
+    def open_exchanges(self) -> int:
+        return self._open
+
+    async def _on_prepare(self, _request: web.Request, response: web.StreamResponse) -> None:
+        if self.closing:
+            response.force_close()
 
     async def _accept(self, request: web.Request, dialect: Dialect, arrived: float) -> Arrival:
         """Steps one and two: what is asked, and of which route. Raises BadRequest."""
@@ -95,6 +150,9 @@ class App:
             detail = f"the request body is larger than server.max_body ({limit} bytes)"
             raise BadRequest(detail, status=413, code="request_too_large") from error
         head = dialect.read_head(body)
+        if not self.config.providers:
+            detail = "no provider is configured yet: add one to the configuration and reload"
+            raise BadRequest(detail, status=503, code="no_provider")
         route = self.pool.route(head.model)
         if route is None:
             raise BadRequest(self._unknown_model(head.model), status=404, code="model_not_found")
@@ -155,6 +213,20 @@ class App:
             return refused
         body, content_type = self._telemetry.render(request.headers.get("Accept", ""))
         return web.Response(body=body, headers={"Content-Type": content_type})
+
+    async def _status(self, request: web.Request) -> web.Response:
+        refused = self._guarded(request, open_on_loopback=True)
+        if refused is not None:
+            return refused
+        now = time.monotonic()
+        moment = Moment(now, time.time(), now - self._began)
+        status = snapshot(self.config, self.pool, self._telemetry, moment, open_requests=self._open)
+        body = msgspec.json.encode(status)
+        return web.Response(body=body, content_type=JSON_TYPE, headers={"Cache-Control": "no-store"})
+
+    async def _page(self, request: web.Request) -> web.Response:
+        refused = self._guarded(request, open_on_loopback=True)
+        return refused or web.Response(body=PAGE, headers=PAGE_HEADERS)
 
     def _guarded(self, request: web.Request, *, open_on_loopback: bool = False) -> web.Response | None:
         failure = self._guard.check(request, open_on_loopback=open_on_loopback)

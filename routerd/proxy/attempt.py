@@ -14,8 +14,9 @@ import time
 
 from routerd.canonical import Failure, Frame, Outcome, Side, UpstreamProtocolError, UpstreamTruncated, UsageReport
 from routerd.dialects import Dialect
+from routerd.policy.calls import BAD_ARGUMENTS
 from routerd.policy.splice import Diverged, Splice
-from routerd.policy.transcript import BadAnswer, Gate, InBandFault
+from routerd.policy.transcript import EMPTY_ANSWER, BadAnswer, Gate, InBandFault
 from routerd.proxy.client import ConnectFailed, ConnectionTorn, Reply
 from routerd.proxy.downstream import GONE, ClientGone, Sink
 from routerd.proxy.pool import Pool, Ticket
@@ -39,6 +40,7 @@ _TIMEOUTS = {
     Phase.ANSWERING: Failure(Outcome.STALLED, Side.UPSTREAM, "silent in the middle of an answer", code="stall"),
     Phase.FINISHING: GONE,  # by then only the client is waited for
 }
+TIMEOUT_CODES = frozenset(failure.code for failure in _TIMEOUTS.values() if failure is not GONE)
 _TORN = {
     Phase.WAITING: Failure(
         Outcome.UNAVAILABLE, Side.UPSTREAM, "connection lost before content", code="connection_lost"
@@ -78,6 +80,7 @@ class Attempt:
         "gate",
         "longest_gap_s",
         "phase",
+        "refused",
         "ticket",
     )
 
@@ -100,6 +103,7 @@ class Attempt:
         self.longest_gap_s = 0.0  # between two reads with content
         self.answer = b""  # of a request that is not streamed upstream
         self.diverged = False  # the answer could not be joined to what the client has
+        self.refused = False  # the upstream never began to answer, and said so at once: it cost nothing
         self._last_at = 0.0
         self._pool = pool
         self._dialect = dialect
@@ -123,6 +127,7 @@ class Attempt:
         self._reply = reply = await self._pool.post(self.ticket, body)
         if reply.status != 200:
             error_body = await reply.read_all(ERROR_BODY_BYTES_MAX)
+            self.refused = True
             return self._pool.judge(self.ticket, reply.status, reply.headers, error_body)
         self._pool.note_headers(self.ticket, reply.headers)
         if stream:
@@ -137,7 +142,7 @@ class Attempt:
         feed, gate = self._dialect.decoder(), self.gate
         self._sink.begin_attempt()
         while data := await reply.read():
-            frames = gate.admit(feed.feed(data))
+            frames = await self._admit(feed.feed(data))
             if gate.progress:
                 self._progress(watchdog)
             if frames:
@@ -147,6 +152,15 @@ class Attempt:
         else:
             await self._send(gate.admit(feed.close()))
         await self._finish()
+
+    async def _admit(self, frames: list[Frame]) -> list[Frame]:
+        """What may be sent. If a call is what is wrong, the client gets the rest of the text in front of it."""
+        try:
+            return self.gate.admit(frames)
+        except (BadAnswer, InBandFault):
+            if self.gate.calls and self._sink.committed:
+                await self._send(self.gate.passed)
+            raise
 
     def _progress(self, watchdog: asyncio.Timeout) -> None:
         self.chunks += 1
@@ -161,6 +175,7 @@ class Attempt:
         if self.gate.finished is not None:
             self.phase = Phase.FINISHING
             limit_s = TAIL_GRACE_S
+            self._pool.remember(self.ticket, self.gate)  # before the client has the calls and comes back with results
         # The loop's own clock is coarser than the monotonic one; the watchdog is set by it.
         watchdog.reschedule(asyncio.get_running_loop().time() + limit_s)
 
@@ -194,7 +209,10 @@ class Attempt:
         self.gate.admit([Frame(answer, tuple(self._dialect.decode_body(answer)))])
         if self.gate.finished is None:
             raise UpstreamTruncated("an answer without a finish")
+        if self.gate.altered:
+            raise BadAnswer(BAD_ARGUMENTS)  # it goes on as it came, or not at all
         self.phase = Phase.FINISHING
+        self._pool.remember(self.ticket, self.gate)
         self.gate.ended = True
         self.answer = answer
 
@@ -208,6 +226,7 @@ class Attempt:
             case TimeoutError():
                 return GONE if self._sink.blocked else _TIMEOUTS[self.phase]
             case ConnectFailed():
+                self.refused = True
                 detail = "cannot connect"
                 return Failure(Outcome.UNAVAILABLE, Side.UPSTREAM, detail, code="connect", account_wide=True)
             case ConnectionTorn():
@@ -215,11 +234,14 @@ class Attempt:
             case Diverged():
                 self.diverged = True
                 detail = "a new answer that does not go on from the old one"
-                return Failure(Outcome.MALFORMED, Side.UPSTREAM, detail, code="diverged")
+                return Failure(Outcome.MALFORMED, Side.UPSTREAM, detail, code="diverged", cause=Outcome.UNSUPPORTED)
             case InBandFault():
                 return self._pool.judge_fault(self.ticket, error.fault)
             case BadAnswer():
-                return Failure(Outcome.MALFORMED, Side.UPSTREAM, "an answer that cannot be used", code=error.code)
+                # Nothing to add to a text that broke off may well be the truth.
+                cause = Outcome.UNSUPPORTED if error.code == EMPTY_ANSWER and self._splice is not None else None
+                detail = "an answer that cannot be used"
+                return Failure(Outcome.MALFORMED, Side.UPSTREAM, detail, code=error.code, cause=cause)
             case UpstreamTruncated():
                 return Failure(Outcome.TRUNCATED, Side.UPSTREAM, "ended before the answer was whole", code="truncated")
         return Failure(Outcome.MALFORMED, Side.UPSTREAM, "an answer in no known form", code="protocol")

@@ -27,6 +27,11 @@ from routerd.policy.transcript import Transcript
 STREAM_TYPE = "text/event-stream"
 SERVER = "routerd"  # without this aiohttp names itself and its version
 KEEPALIVE_WRITE_S = 10.0  # a client that takes no keep-alive for this long is left to the exchange's own limits
+# What the text of an error in mid-stream begins with, unless it is about the request itself. Hermes asks again at once
+# on a "network error", and not after seconds; "connection lost" would do the same, but with a long history Hermes takes
+# it for a full context window and throws half of its memory away (agent/error_classifier.py, 0.19.0).
+ASK_AGAIN = "Network error: "
+LAST_WRITE_S = 60.0  # the end of an answer, or a whole one, must be taken within this
 
 
 class ClientGone(Exception):
@@ -40,6 +45,10 @@ class Sink(Protocol):
     """Where an attempt's frames go."""
 
     blocked: bool  # the other end takes nothing at the moment
+
+    @property
+    def committed(self) -> bool:
+        """True once something was sent that cannot be unsaid."""
 
     def begin_attempt(self) -> None:
         """A new upstream's frames follow."""
@@ -59,6 +68,10 @@ class Collector:
     def __init__(self) -> None:
         self.blocked = False
         self.events: list[Event] = []
+
+    @property
+    def committed(self) -> bool:
+        return False
 
     def begin_attempt(self) -> None:
         self.events.clear()
@@ -128,6 +141,10 @@ class Downstream:
         """What aiohttp's handler returns. An exchange that never answered has lost its client: nobody sees this one."""
         return self._response or web.Response(status=499)
 
+    @property
+    def committed(self) -> bool:
+        return self.transcript.committed
+
     # --- streams ----------------------------------------------------------------------------------------------------
 
     def begin_attempt(self) -> None:
@@ -137,13 +154,18 @@ class Downstream:
     async def send(self, frames: list[Frame]) -> None:
         """Send whole frames in one write. Raises ``ClientGone``."""
         raws = [frame.raw for frame in frames] if self._raw else ()
-        data = b"".join(raws) if raws and all(raws) else self._encode(frames)
-        had_content = self.first_content_at is not None
+        self._raw = bool(raws) and all(raws)  # once encoded anew it stays so: the encoder owes what it holds, usage
+        data = b"".join(raws) if self._raw else self._encode(frames)
+        spoken = False
         for frame in frames:
-            self.transcript.fold(frame.events)
-        if not had_content and self.transcript.begun:
+            if frame.events:
+                spoken = True
+                self.transcript.fold(frame.events)
+        if self.first_content_at is None and self.transcript.begun:
             self.first_content_at = self._clock()
         if data:
+            if spoken:  # comments are passed on, but to most clients they are silence
+                self._last_write = self._clock()
             await self._write(data)
 
     def _encode(self, frames: list[Frame]) -> bytes:
@@ -168,7 +190,6 @@ class Downstream:
 
     async def _write(self, data: bytes) -> None:
         response = self._response or await self._open()
-        self._last_write = self._clock()
         self.blocked = True
         try:
             await response.write(data)
@@ -190,11 +211,18 @@ class Downstream:
     async def end(self) -> None:
         """The answer is whole and all of it is sent."""
         self.stop_keepalive()
-        response = self._response or await self._open()
+        limit = self._last_limit()
         try:
+            response = self._response or await self._open()
             await response.write_eof()
         except ConnectionError as error:
             raise ClientGone from error
+        finally:
+            limit.cancel()
+
+    def _last_limit(self) -> asyncio.TimerHandle:
+        """Guards the last write of an answer, which no attempt's limit does; the caller cancels it."""
+        return asyncio.get_running_loop().call_later(LAST_WRITE_S, self.drop)
 
     # --- keep-alives ------------------------------------------------------------------------------------------------
 
@@ -209,15 +237,18 @@ class Downstream:
         due_s = self._keepalive_s - quiet_s
         if due_s <= 0:
             due_s = self._keepalive_s
-            if not self.blocked:
+            if not self.blocked and (self._keepalive is None or self._keepalive.done()):
                 self._keepalive = asyncio.ensure_future(self._write_keepalive())
         self._timer = asyncio.get_running_loop().call_later(due_s, self._on_silence)
 
     async def _write_keepalive(self) -> None:
+        """Does not touch ``blocked``: a client that is slow to take this is not why an upstream is late."""
+        self._last_write = self._clock()
         try:
             async with asyncio.timeout(KEEPALIVE_WRITE_S):
-                await self._write(self._require_encoder().keepalive())
-        except (ClientGone, TimeoutError):
+                response = self._response or await self._open()
+                await response.write(self._require_encoder().keepalive())
+        except (ClientGone, ConnectionError, TimeoutError):
             pass  # the exchange's own write, or aiohttp's cancellation, reports a lost client
 
     def stop_keepalive(self) -> None:
@@ -236,11 +267,14 @@ class Downstream:
         self.status = status
         response = web.Response(body=body, status=status, content_type="application/json", headers=self._headers)
         self._response = response
+        limit = self._last_limit()
         try:
             await response.prepare(self._request)
             await response.write_eof()
         except ConnectionError as error:
             raise ClientGone from error
+        finally:
+            limit.cancel()
 
     async def fail(self, failure: Failure) -> None:
         """Say so, in the client's dialect: as an HTTP error if the status is still ours to choose, else in-protocol."""
@@ -250,7 +284,13 @@ class Downstream:
                 self._headers["Retry-After"] = str(max(1, round(failure.retry_after_s + 0.5)))
             await self.send_body(self._dialect.encode_error(failure), status=failure.status or 503)
             return
-        await self._write(self._require_encoder().error(failure))
+        if failure.side is not Side.CLIENT:
+            failure = msgspec.structs.replace(failure, detail=ASK_AGAIN + failure.detail)
+        limit = self._last_limit()
+        try:
+            await self._write(self._require_encoder().error(failure))
+        finally:
+            limit.cancel()
         self.tear()
 
     def tear(self) -> None:
@@ -259,3 +299,10 @@ class Downstream:
         transport = self._request.transport
         if transport is not None:
             transport.close()
+
+    def drop(self) -> None:
+        """Let go of a client that does not read, and of what it has not taken. Does nothing if it has left."""
+        self.stop_keepalive()
+        transport = self._request.transport
+        if transport is not None:
+            transport.abort()

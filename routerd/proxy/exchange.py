@@ -7,9 +7,11 @@ is settled once and the exchange is recorded once.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 import time
+from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -19,16 +21,16 @@ from routerd.dialects import Dialect, Stamp
 from routerd.policy.calls import Schemas
 from routerd.policy.classify import Code, agrees, blame_client
 from routerd.policy.recovery import Break, Budget, Continue, Fail, Rerun, Step, Stop, next_step
-from routerd.policy.splice import Splice
-from routerd.policy.transcript import Gate
-from routerd.proxy.attempt import Attempt
+from routerd.policy.splice import Splice, seems_whole
+from routerd.policy.transcript import CUT_CALL, EMPTY_ANSWER, SCHEMA_CODES, Gate
+from routerd.proxy.attempt import TIMEOUT_CODES, Attempt
 from routerd.proxy.downstream import GONE, ClientGone, Collector, Downstream, Sink
 from routerd.proxy.live import LiveRoute, LiveUpstream
 from routerd.proxy.planner import Plan
 from routerd.proxy.pool import Pool, Ticket
 from routerd.telemetry import ExchangeRecord, Telemetry
 
-SCHEMA_CODES = ("unknown_tool", "missing_argument", "wrong_type")  # once is an accident; a second such call passes
+REFUSALS_MAX = 256  # per exchange: so many refusals, each cheap and quick, do not count as attempts
 ROUND_PAUSE_S = (0.5, 2.0, 5.0, 15.0)  # before everybody is tried again; the last value repeats
 _MISFITS = frozenset({Code.UNSUPPORTED_FEATURE, Code.MODERATION})  # no later try and no other wording of ours helps
 
@@ -61,7 +63,9 @@ class Exchange:
         self._unfit: set[LiveUpstream] = set()  # for this request, whatever the round
         self._failures: list[tuple[LiveUpstream, Failure]] = []
         self._step: Step | None = None  # what the last failure led to
-        self._in_call = False  # an attempt broke off inside a tool call
+        self._refusals = 0
+        self._waited = False  # and no attempt since
+        self._in_call = False  # what the client has broke off inside a tool call
         self._diverged = False  # a re-run could not be joined to what the client has
         self._no_prefill: set[LiveUpstream] = set()  # refused to go on with a trailing assistant turn
         # A request that does not stream is streamed upstream all the same, so that the same watchdogs guard it.
@@ -105,15 +109,19 @@ class Exchange:
             draw=random.random(),
             tried=self._tried,
             unfit=self._unfit,
+            hurried=bool(self._failures),
         )
 
     # --- attempts ---------------------------------------------------------------------------------------------------
 
     async def _try(self, plan: Plan, live: LiveUpstream) -> bool:
         """One attempt; True when the exchange is over."""
-        ticket = await self._pool.begin(plan, self._arrival.route, self._asked, self._clock(), time.time())
-        if ticket is None:
-            return False  # somebody took the last of the quota in between: plan anew
+        ticket = await self._pool.begin(plan, self._arrival.route, self._asked, self._clock(), time.time(), self.record)
+        if ticket is None:  # somebody took the last of the quota in between: plan anew, after all others had a turn
+            await asyncio.sleep(0)
+            return False
+        if self._has_timed_out():
+            ticket.limits = live.account.limits
         self._note_dispatch(live)
         attempt = self._attempt(ticket)
         failure: Failure | None = GONE  # what stands if cancellation ends the attempt
@@ -129,13 +137,17 @@ class Exchange:
         await self._deliver(attempt)
         return True
 
+    def _has_timed_out(self) -> bool:
+        """A limit learned from an upstream's better days may be what cut the last attempt: the next gets all of it."""
+        return any(failure.code in TIMEOUT_CODES for _, failure in self._failures)
+
     def _note_dispatch(self, live: LiveUpstream) -> None:
         upstream = live.upstream
         self._attempts_left -= 1
         if self.record.overhead_s is None:
             self.record.overhead_s = self._clock() - self._arrival.at
-        if self.record.attempts and self.record.attempts[-1].provider != upstream.provider:
-            self._telemetry.failover(self.record.attempts[-1], upstream.provider)
+        if self.record.attempts:
+            self._telemetry.failover(self.record, upstream.provider, upstream.model)
         self.downstream.describe(
             {
                 "x-routerd-provider": upstream.provider,
@@ -149,14 +161,25 @@ class Exchange:
         """An attempt set up for the step at hand."""
         head, dialect = self._arrival.head, self._arrival.dialect
         sink: Sink = self.downstream if self._collector is None else self._collector
-        rerun = isinstance(self._step, Rerun)
+        held = isinstance(self._step, Rerun) or (isinstance(self._step, Continue) and self._step.checked)
         gate = Gate(
-            whole=rerun or not head.stream or self._arrival.route.whole,
+            whole=held or not head.stream or self._arrival.route.whole,
             schemas=self._schemas if head.tools else None,
-            strict=not any(failure.code in SCHEMA_CODES for _, failure in self._failures),
+            forgiven=self._forgiven(),
         )
         hide_usage = head.stream and ticket.live.upstream.fix.stream_usage and not head.include_usage
         return Attempt(self._pool, ticket, dialect, sink, gate, splice=self._splice(ticket), hide_usage=hide_usage)
+
+    def _forgiven(self) -> set[str]:
+        """What this attempt's answer may have wrong with it, since another one had it as well."""
+        codes = {failure.code for _, failure in self._failures}
+        forgiven = codes & {CUT_CALL}
+        if codes & SCHEMA_CODES:
+            forgiven |= SCHEMA_CODES
+        if isinstance(self._step, Continue):
+            sent = self.downstream.transcript.text or ""
+            forgiven |= {EMPTY_ANSWER} if seems_whole(sent) else codes & {EMPTY_ANSWER}
+        return forgiven
 
     def _schemas(self) -> Schemas:
         return self._arrival.dialect.tool_schemas(self._arrival.body)
@@ -169,7 +192,7 @@ class Exchange:
         if not isinstance(self._step, Continue):
             return None
         ticket.continuation = self._prefills(ticket.live)
-        return Splice("prefill" if ticket.continuation else "instructed", sent)
+        return Splice("prefill" if ticket.continuation else "instructed", sent, document=self._step.checked)
 
     def _prefills(self, live: LiveUpstream) -> bool:
         return live.upstream.fix.continuation != "instructed" and live not in self._no_prefill
@@ -180,7 +203,8 @@ class Exchange:
         if isinstance(self._step, Continue):
             manner = upstream.fix.continuation if ticket.continuation else "instructed"
             body = arrival.dialect.continue_request(body, self.downstream.transcript.text or "", manner)
-        return arrival.dialect.patch_request(body, self._asked, upstream)
+        recall = partial(self._pool.memory.recall, self._asked.conversation)
+        return arrival.dialect.patch_request(body, self._asked, upstream, recall)
 
     def _settle(self, ticket: Ticket, attempt: Attempt, failure: Failure | None) -> None:
         ticket.longest_gap_s = attempt.longest_gap_s
@@ -188,12 +212,25 @@ class Exchange:
             ticket, failure, attempt.gate, self._asked, chunks=attempt.chunks, now=self._clock(), wall=time.time()
         )
         self.record.attempts.append(record)
+        self.record.repairs += attempt.gate.repairs if failure is None else 0
+        if failure is not GONE:
+            self._count_recoveries(ticket, "success" if failure is None else "failure")
+
+    def _count_recoveries(self, ticket: Ticket, result: str) -> None:
+        """An attempt may be several things at once: a retry, the end of a wait, and a probe."""
+        count = self._telemetry.recoveries.labels
         if self._step is not None:
-            step = "continue" if isinstance(self._step, Rerun | Continue) else "retry"
-            self._telemetry.recoveries.labels(step, "success" if failure is None else "failure").inc()
+            count("continue" if isinstance(self._step, Rerun | Continue) else "retry", result).inc()
+        if self._waited:
+            self._waited = False
+            count("wait", result).inc()
+        if ticket.permit.probe or ticket.account_permit.probe:
+            count("probe", result).inc()
 
     def _agreed(self, live: LiveUpstream, failure: Failure) -> Failure:
-        """A refusal that a second provider shares is the client's own error."""
+        """A refusal that a second provider shares is the client's own error, unless we had added to the request."""
+        if isinstance(self._step, Continue):
+            return failure
         for other, earlier in self._failures:
             if other.upstream.provider != live.upstream.provider and agrees(earlier, failure):
                 return blame_client(failure)
@@ -203,14 +240,22 @@ class Exchange:
         """Decide what a failure leads to; True when the exchange is over."""
         live = attempt.ticket.live
         self._failures.append((live, failure))
-        self._in_call = self._in_call or bool(attempt.gate.calls)
+        if not isinstance(self._step, Rerun):  # a re-run is held: it adds nothing to what the client has
+            self._in_call = bool(attempt.gate.calls)
+        if attempt.refused and self._refusals < REFUSALS_MAX:  # cost no money: only the time allowed for waiting
+            self._refusals += 1
+            self._attempts_left += 1
+            self._waits_left_s -= self.record.attempts[-1].duration_s
         self._diverged = self._diverged or attempt.diverged
         self._leave_out(attempt.ticket, failure)
-        broke = Break(self._in_call, self._diverged, self._arrival.head.structured)
-        budget = Budget(self._attempts_left, self._waits_left_s)
+        head = self._arrival.head
+        broke = Break(self._in_call, self._diverged, structured=head.structured, joinable=head.streamable)
+        budget = Budget(self._attempts_left)
         self._step = step = next_step(self.downstream.transcript, failure, broke, budget)
         if isinstance(step, Fail):
             await self._fail(self._last_word(step.failure))
+        elif isinstance(step, Stop):
+            self.downstream.drop()
         return isinstance(step, Fail | Stop)
 
     def _leave_out(self, ticket: Ticket, failure: Failure) -> None:
@@ -224,13 +269,13 @@ class Exchange:
             self._unfit.add(live)
 
     async def _deliver(self, attempt: Attempt) -> None:
-        self.record.outcome = Outcome.SUCCESS
         if self._arrival.head.stream:
             await self.downstream.end()
         else:
             cost_usd = sum(record.cost_usd for record in self.record.attempts)
             self.downstream.describe({"x-routerd-cost-usd": f"{cost_usd:.8f}"})
             await self.downstream.send_body(self._answer(attempt))
+        self.record.outcome = Outcome.SUCCESS
         await attempt.close(whole=True)
 
     def _answer(self, attempt: Attempt) -> bytes:
@@ -249,13 +294,16 @@ class Exchange:
         if plan.all_tried:
             wait_s = max(wait_s, ROUND_PAUSE_S[min(self._rounds, len(ROUND_PAUSE_S) - 1)])
         if wait_s > self._waits_left_s or self._attempts_left <= 0:
+            if self._waited:
+                self._telemetry.recoveries.labels("wait", "failure").inc()
             await self._fail(self._nobody(plan, wait_s))
             return True
         self._rounds += plan.all_tried
         self._tried.clear()  # the wait, whatever it is for, is pause enough: nobody is left out after it
         began = self._clock()
-        await self._pool.wait(self._arrival.route, self._arrival.at, wait_s)
+        await self._pool.wait(self._arrival.route, self._arrival.at, wait_s, plan.reason)
         waited_s = self._clock() - began
+        self._waited = True
         self._waits_left_s -= waited_s
         self.record.waited_s += waited_s
         self._telemetry.wait.labels(plan.reason).observe(waited_s)
@@ -265,12 +313,22 @@ class Exchange:
 
     def _nobody(self, plan: Plan, wait_s: float) -> Failure:
         """Nobody can serve this within the time allowed."""
+        if plan.reason == "budget":
+            return self._over_budget(wait_s)
         if math.isinf(wait_s):
             return self._refusal(plan)
         if plan.reason == "quota":
             detail = "every provider's quota for this is used up; it is free again later"
             return _router_failure(429, detail, "rate_limited", wait_s)
         return _router_failure(503, "no provider is answering at the moment", "unavailable", wait_s)
+
+    def _over_budget(self, wait_s: float) -> Failure:
+        """Never a 402 or 403, which agents die of."""
+        name = self._arrival.route.name
+        if math.isinf(wait_s):
+            return _router_failure(429, f"this alone would cost more than the budget of {name}", "over_budget", None)
+        detail = f"the budget of {name} is spent; it is whole again later"
+        return _router_failure(429, detail, "over_budget", wait_s)
 
     def _refusal(self, plan: Plan) -> Failure:
         """Nobody will ever serve this request as it is."""

@@ -31,18 +31,26 @@ class Plan(msgspec.Struct):
     probe: bool = False
     forced: bool = False
     wait_s: float = math.inf  # until somebody may be admissible
-    reason: str = "capability"  # what is waited for: quota, breaker, retry; or capability: nothing to wait for
+    reason: str = "capability"  # what is waited for: quota, budget, breaker, retry; or capability: nothing
     all_tried: bool = False  # somebody admissible was left out because this exchange has just tried it
     overflow: bool = False  # the prompt is longer than every window
     window_tokens: int = 0  # the largest window seen
 
 
+class Obstacle(msgspec.Struct, frozen=True):
+    """What stands between a request and an upstream, and for how long."""
+
+    reason: str  # capability, window, quota, budget or breaker
+    wait_s: float  # infinite: this request will never fit
+
+
 class _Survey:
     """Planning's notes on the candidates of one request."""
 
-    __slots__ = ("admitted", "blocked", "plan", "probes", "whys")
+    __slots__ = ("admitted", "blocked", "plan", "probes", "route")
 
-    def __init__(self) -> None:
+    def __init__(self, route: LiveRoute) -> None:
+        self.route = route
         self.plan = Plan()
         self.admitted: list[LiveUpstream] = []
         self.probes: list[LiveUpstream] = []
@@ -71,18 +79,32 @@ class Planner:
         draw: float,
         tried: Collection[LiveUpstream] = (),
         unfit: Collection[LiveUpstream] = (),
+        hurried: bool = False,
     ) -> Plan:
-        """Choose the upstream for one attempt, or say how long to wait for one. Takes nothing."""
-        survey = _Survey()
-        budget_wait_s = route.budget.wait_s(route.name, Amount(0, 0, 0), now, wall)
-        if budget_wait_s > 0:
-            survey.wait(budget_wait_s, "budget")
-            return survey.plan
+        """Choose the upstream for one attempt, or say how long to wait for one. Takes nothing.
+
+        ``hurried``: this request has lost time already, so it is no probe while somebody healthy is there.
+        """
+        survey = _Survey(route)
         for tier in route.tiers_for(head):
             self._survey(survey, tier, head, now, wall, draw, tried, unfit)
             if survey.admitted:
+                if hurried:
+                    survey.probes.clear()
                 return self._choose(survey, route, head, now, draw)
         return self._nobody(survey, now)
+
+    def obstacle(
+        self, route: LiveRoute, live: LiveUpstream, head: Head, *, now: float, wall: float
+    ) -> Obstacle | None:
+        """Why this request would not go to this upstream of the route now; None if it may. Takes nothing."""
+        survey = _Survey(route)
+        if not self._fits(survey, live.upstream, head):
+            return Obstacle("window" if survey.plan.overflow else "capability", math.inf)
+        if self._admissible(survey, live, head, now, wall, tried=False):
+            return None
+        reason = "breaker" if survey.blocked else "budget" if survey.plan.reason == "budget" else "quota"
+        return Obstacle(reason, survey.plan.wait_s)
 
     def _survey(
         self,
@@ -124,10 +146,13 @@ class Planner:
     def _admissible(
         self, survey: _Survey, live: LiveUpstream, head: Head, now: float, wall: float, tried: bool
     ) -> bool:
-        wait_s = live.account.quota.wait_s(live.upstream.wire_model, expected_amount(live, head, now), now, wall)
+        amount = expected_amount(live, head, now)
+        wait_s = live.account.quota.wait_s(live.upstream.wire_model, amount, now, wall)
         if wait_s > 0:
             if not math.isinf(wait_s):
                 survey.wait(wait_s, "quota")
+            return False
+        if not self._affordable(survey, amount, now, wall):
             return False
         allowed = live.allows(now)
         if tried:
@@ -138,6 +163,15 @@ class Planner:
             survey.blocked.append(live)
             survey.wait(live.reopens_in_s(now), "breaker")
         return allowed
+
+    def _affordable(self, survey: _Survey, amount: Amount, now: float, wall: float) -> bool:
+        """What costs nothing passes a budget that is spent."""
+        wait_s = survey.route.budget.wait_s(survey.route.name, amount, now, wall)
+        if math.isinf(wait_s) and math.isinf(survey.plan.wait_s):
+            survey.plan.reason = "budget"
+        elif wait_s > 0:
+            survey.wait(wait_s, "budget")
+        return wait_s == 0
 
     def _choose(self, survey: _Survey, route: LiveRoute, head: Head, now: float, draw: float) -> Plan:
         """A probe if one is due, for somebody healthy stands behind it; else the best by score."""

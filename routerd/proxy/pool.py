@@ -7,39 +7,42 @@ planner's; estimates, breakers and ledgers are saved here and taken up again aft
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from urllib.parse import urlsplit
 
 import msgspec
 
-from routerd.canonical import Failure, Fault, Head, LimitReport, Outcome, Secret, Side, Upstream, Usage
+from routerd.canonical import Failure, Fault, Head, Limit, LimitReport, Outcome, Secret, Side, Upstream, Usage
 from routerd.config import Config, ProviderConfig, RouteConfig
 from routerd.dialects import DIALECTS
 from routerd.policy.balance import Affinity, LatencySnapshot
-from routerd.policy.breaker import Breaker, BreakerSnapshot, Permit
+from routerd.policy.breaker import Breaker, BreakerSnapshot, Listener, Permit
 from routerd.policy.classify import Verdict, verdict
+from routerd.policy.memory import Memory
 from routerd.policy.meters import Amount
 from routerd.policy.quota import Quota, Reservation
 from routerd.policy.transcript import Gate
 from routerd.providers import judge, judge_fault
-from routerd.proxy.client import Client, Reply, Target
+from routerd.proxy.client import Client, ConnectFailed, Reply, Target
 from routerd.proxy.live import Account, Limits, LiveRoute, LiveUpstream, Tier
 from routerd.proxy.planner import Plan, Planner, expected_amount
-from routerd.state import Row, Store
-from routerd.telemetry import AttemptRecord, Live, Telemetry
+from routerd.proxy.queue import WaitingLine
+from routerd.state import Entry, Row, StateError, Store
+from routerd.telemetry import ACCOUNT, AttemptRecord, ExchangeRecord, Live, Spent, Telemetry
 
 Quotas = tuple[str, str, float, float, float]  # provider, limit, size, left, reset
 
 STATES_BEST_FIRST = ("closed", "half-open", "open")
 HEADERS_FRESH_S = 1.0  # rate-limit headers are added up once in this time
-ACCOUNT = "*"  # stands for the model where a breaker is an account's
 CHARACTERS_PER_TOKEN = 4  # where an upstream never said how much it used
 COST_TRUST = 3.0  # an upstream's own figure is believed within this factor of ours: some bill in other units
 PROBE_PATIENCE = 4.0  # a probe waits this many times the usual first token, not the whole limit ...
 PROBE_PATIENCE_MIN_S = 10.0  # ... but at least this long
 
+NO_USAGE = Usage()
 SUCCESS = Verdict("success", "settle", "no")
 
 
@@ -57,9 +60,13 @@ class Ticket(msgspec.Struct):
     prompt_tokens: int
     began_at: float
     first_token_at: float | None = None
+    sent: bool = False  # the upstream may have taken the request, whether it answered or not
     connected: bool = False  # the upstream answered at all
     continuation: bool = False  # a broken-off answer is taken up in the vendor's own way
     longest_gap_s: float = 0.0  # between two pieces of content
+    conversation: int = 0
+    exchange: str = ""
+    dialect: str = ""  # the client's
     reports: tuple[LimitReport, ...] = ()
 
 
@@ -82,6 +89,7 @@ class Pool:
         self._simulated = simulated or {}
         self._clock = clock
         self._affinity = Affinity()
+        self.memory = Memory()
         self.planner = Planner(self._affinity)
         self._accounts: dict[str, Account] = {}
         self._clients: dict[str, Client] = {}
@@ -89,8 +97,14 @@ class Pool:
         self._routes: dict[str, LiveRoute] = {}
         self._waiting: dict[str, LiveRoute] = {}  # routes with somebody in line
         self._saved_budgets: dict[str, dict[str, bytes]] = {}
+        self._bequests: dict[str, Bequest] = {}  # for routes that have not been built yet
+        self._transition = _teller(telemetry)
+        self._exchanges = 0
+        self._left: asyncio.Future[None] | None = None  # somebody waits until the last exchange has left
         for provider in config.providers.values():
             self._add_provider(provider)
+        named = [one for route in config.routes.values() for tier in (*route.tiers, route.auxiliary) for one in tier]
+        telemetry.declare(config.routes, tuple(DIALECTS), [(one.provider, one.model) for one in named])
 
     # --- building ---------------------------------------------------------------------------------------------------
 
@@ -118,10 +132,6 @@ class Pool:
             base_url = urlsplit(base_url)._replace(path=root).geturl()
         return base_url.rstrip("/") + DIALECTS[upstream.dialect].upstream_path
 
-    def _transition(self, name: str, before: str, after: str) -> None:
-        provider, _, model = name.partition("/")
-        self._telemetry.transition(provider, model, before, after)
-
     def route(self, name: str) -> LiveRoute | None:
         """The live route a public model name stands for."""
         config = self._config.resolve(name)
@@ -135,10 +145,16 @@ class Pool:
     def _build_route(self, config: RouteConfig) -> LiveRoute:
         tiers = tuple(self._build_tier(tier) for tier in config.tiers)
         auxiliary = (self._build_tier(config.auxiliary),) if config.auxiliary else ()
-        limits = [config.budget] if config.budget is not None else []
-        budget = Quota(limits)
-        budget.restore(self._saved_budgets.get(config.name, {}), self._clock(), time.time())
-        return LiveRoute(config, self._config.defaults, tiers, auxiliary, budget)
+        now, wall = self._clock(), time.time()
+        bequest = self._bequests.pop(config.name, None)
+        if bequest is None:
+            budget = Quota(_budgets(config))
+            budget.restore(self._saved_budgets.get(config.name, {}), now, wall)
+            return LiveRoute(config, self._config.defaults, tiers, auxiliary, budget)
+        budget = _heir(bequest.budget, bequest.limits, _budgets(config), now, wall)
+        route = LiveRoute(config, self._config.defaults, tiers, auxiliary, budget)
+        route.line = bequest.line
+        return route
 
     def _build_tier(self, upstreams: Sequence[Upstream]) -> Tier:
         groups: dict[tuple[str, str], list[LiveUpstream]] = {}
@@ -146,19 +162,21 @@ class Pool:
             groups.setdefault((upstream.provider, upstream.wire_model), []).append(self._live[upstream])
         return tuple(tuple(group) for group in groups.values())
 
-    async def wait(self, route: LiveRoute, rank: float, wait_s: float) -> None:
+    async def wait(self, route: LiveRoute, rank: float, wait_s: float, reason: str) -> None:
         """Hold a request until it is worth planning again."""
         self._waiting[route.name] = route
         try:
-            await route.line.wait(rank, wait_s)
+            await route.line.wait(rank, wait_s, reason)
         finally:
             if not route.line:
                 self._waiting.pop(route.name, None)
 
     # --- attempts ---------------------------------------------------------------------------------------------------
 
-    async def begin(self, plan: Plan, route: LiveRoute, head: Head, now: float, wall: float) -> Ticket | None:
-        """Take what the attempt needs; None if somebody else took the last of it since the plan."""
+    async def begin(
+        self, plan: Plan, route: LiveRoute, head: Head, now: float, wall: float, exchange: ExchangeRecord
+    ) -> Ticket | None:
+        """Take what an attempt of the exchange needs; None if somebody else took the last of it since the plan."""
         live = plan.chosen
         if live is None or not (plan.forced or live.allows(now)):
             return None
@@ -181,6 +199,9 @@ class Pool:
             live.latency.begin_wait(head.prompt_tokens, now),
             head.prompt_tokens,
             now,
+            conversation=head.conversation,
+            exchange=exchange.id,
+            dialect=exchange.dialect,
         )
         live.in_flight += 1
         await self._write_ahead(ticket, head, now, wall)
@@ -223,7 +244,12 @@ class Pool:
 
     async def post(self, ticket: Ticket, body: bytes) -> Reply:
         live = ticket.live
-        reply = await live.client.post(live.continuation_target if ticket.continuation else live.target, body)
+        ticket.sent = True
+        try:
+            reply = await live.client.post(live.continuation_target if ticket.continuation else live.target, body)
+        except ConnectFailed:
+            ticket.sent = False
+            raise
         ticket.connected = True
         return reply
 
@@ -257,6 +283,18 @@ class Pool:
             reports, ticket.live.upstream.wire_model, self._clock(), time.time(), reservation=ticket.reservation
         )
 
+    def remember(self, ticket: Ticket, gate: Gate) -> None:
+        """Keep what came with an answer's tool calls, for the history in which a client may leave it out."""
+        if gate.calls:
+            wall = time.time()
+            came_with = gate.remembered(ticket.live.upstream.author)
+            call_ids = [call.id for call in gate.calls]
+            self._save_memory(self.memory.remember(ticket.conversation, call_ids, came_with, wall), wall)
+
+    def _save_memory(self, rows: Sequence[tuple[str, bytes]], wall: float) -> None:
+        if rows:
+            self._store.enqueue([Row("reasoning", key, value, wall) for key, value in rows])
+
     # --- settling ---------------------------------------------------------------------------------------------------
 
     def settle(
@@ -267,7 +305,7 @@ class Pool:
         live.in_flight -= 1
         live.latency.end_wait(ticket.wait_ticket)
         lesson = SUCCESS if failure is None else verdict(failure)
-        usage = _usage(gate, head, failure)
+        usage = _usage(ticket, gate, head, failure)
         cost_usd = _cost_usd(live.upstream, usage)
         self._teach_breakers(ticket, failure, lesson, now)
         self._teach_latency(ticket, lesson, usage, head, now)
@@ -276,6 +314,7 @@ class Pool:
             self._affinity.remember(head.conversation, live.id, usage.input_tokens or head.prompt_tokens, now)
         record = _attempt_record(ticket, failure, usage, cost_usd, chunks, now)
         self._telemetry.attempt(record)
+        self._store.record((_entry(ticket, record, wall),))
         for route in tuple(self._waiting.values()):
             route.line.wake()
         return record
@@ -319,7 +358,7 @@ class Pool:
             quota.settle(ticket.reservation, Amount(1, usage.input_tokens + usage.output_tokens, cost_usd), now, wall)
         else:
             # A request that was taken and then failed may have been counted over there; one never taken was not.
-            counted = ticket.connected and failure is not None and failure.outcome is Outcome.UNAVAILABLE
+            counted = ticket.sent and failure is not None and failure.outcome is Outcome.UNAVAILABLE
             quota.release(ticket.reservation, now, wall, keep_request=counted)
         ticket.route.budget.settle(ticket.budget, Amount(0, 0, cost_usd), now, wall)
         if failure is None:
@@ -375,6 +414,27 @@ class Pool:
                 return {}
         return reasons or {"": "no upstream is configured"}
 
+    def admissible(self, now: float, wall: float) -> tuple[int, int]:
+        """How many upstreams would take a request now, and how many there are."""
+        able = sum(
+            live.allows(now) and live.account.quota.wait_s(live.upstream.wire_model, Amount(), now, wall) <= 0
+            for live in self._live.values()
+        )
+        return able, len(self._live)
+
+    @property
+    def accounts(self) -> Collection[Account]:
+        return self._accounts.values()
+
+    def shown_routes(self) -> list[LiveRoute]:
+        """The configured ones, then the models that were asked for."""
+        names = dict.fromkeys((*self._config.routes, *self._routes))
+        return [route for route in map(self.route, names) if route is not None]
+
+    @property
+    def store_warnings(self) -> tuple[str, ...]:
+        return self._store.warnings
+
     def snapshot(self) -> Live:
         """Every state a scrape shows."""
         now, wall = self._clock(), time.time()
@@ -391,36 +451,144 @@ class Pool:
         live.breakers = _best_states(live.breakers)
         live.latencies = list({row[:2]: row for row in live.latencies}.values())
         live.scores = list({row[:3]: row for row in live.scores}.values())
-        for route in self._routes.values():
-            live.budgets += [(route.name, limit.remaining) for limit in route.budget.status(now, wall)]
+        for name in self._config.routes:
+            route = self.route(name)  # built here if nobody has asked for it yet: its budget is there all the same
+            if route is not None:
+                status = route.budget.status(now, wall)
+                live.budgets += [(name, one.limit, one.remaining, one.reset_wall) for one in status]
         live.quotas = _added_up(live.quotas)
         return live
 
     # --- what outlives the process ----------------------------------------------------------------------------------
 
-    async def restore(self) -> None:
-        """Take up where the last process left off."""
-        now, wall = self._clock(), time.time()
+    async def restore(self, estate: Estate | None = None) -> None:
+        """Take up where the last process left off; at a reload, where the pool of the config before this one stands.
+
+        That pool may go on serving the exchanges it has. What both speak of is one and the same object from now on, so
+        neither is blind to what the other learns; only a limit or a breaker that is set differently is a new one.
+        """
         quotas = _by_owner(await self._store.load("quota"))
-        for account in self._accounts.values():
-            account.quota.restore(quotas.get(account.id, {}), now, wall)
         self._saved_budgets = _by_owner(await self._store.load("budget"))
+        if estate is None:
+            await self._restore_today(time.time())
         upstreams = await self._store.load("upstream")
+        reasoning = await self._store.load("reasoning") if estate is None else {}
+        now, wall = self._clock(), time.time()
+        self._save_memory(self.memory.restore(reasoning, wall), wall)
+        heirs = set() if estate is None else self._inherit(estate, now, wall)
+        for account in self._accounts.values():
+            if account not in heirs:
+                account.quota.restore(quotas.get(account.id, {}), now, wall)
         for live in self._live.values():
-            _restore_upstream(live, upstreams.get(live.id), now, wall)
+            if live not in heirs:
+                _restore_upstream(live, upstreams.get(live.id), now, wall)
+
+    async def _restore_today(self, wall: float) -> None:
+        """What was spent since midnight is shown; not to know it is no reason not to start."""
+        today = self._telemetry.today
+        try:
+            totals = await self._store.totals(today.midnight(wall), ("provider", "model"))
+        except StateError as error:
+            self._telemetry.log.warning("state", message=f"what was spent today is not known: {error}")
+        else:
+            today.take_up({one.group: msgspec.convert(one, Spent, from_attributes=True) for one in totals}, wall)
+
+    def bequeath(self) -> Estate:
+        """What the pool of the next config goes on with."""
+        self.checkpoint()  # for whatever that config does not know and a later one knows again
+        routes = dict(self._bequests)
+        for name, route in self._routes.items():
+            routes[name] = Bequest(route.budget, _budgets(self._config.resolve(name)), route.line)
+        return Estate(self._config, self._accounts, self._live, routes, self._affinity, self._waiting, self.memory)
+
+    def _inherit(self, estate: Estate, now: float, wall: float) -> set[Account | LiveUpstream]:
+        """Take over what is in memory. Returns those who got something."""
+        heirs: set[Account | LiveUpstream] = set()
+        same_breakers = self._config.defaults.breaker == estate.config.defaults.breaker
+        for account in self._accounts.values():
+            former = estate.accounts.get(account.id)
+            if former is not None:
+                was, limits = (one.providers[account.provider].limits for one in (estate.config, self._config))
+                account.quota = _heir(former.quota, was, limits, now, wall)
+                _inherit_breaker(account, former, now, same=same_breakers)
+                heirs.add(account)
+        known = {(live.id, live.upstream.model): live for live in estate.live.values()}
+        for live in self._live.values():
+            before = known.get((live.id, live.upstream.model))
+            if before is not None:
+                live.latency, live.patience = before.latency, before.patience
+                _inherit_breaker(live, before, now, same=same_breakers)
+                heirs.add(live)
+        self._bequests = estate.routes
+        self._waiting = estate.waiting
+        self._affinity = estate.affinity
+        self.memory = estate.memory
+        self.planner = Planner(self._affinity)
+        return heirs
+
+    # --- how long it is needed --------------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """An exchange begins; it keeps this pool until it leaves, whatever is reloaded meanwhile."""
+        self._exchanges += 1
+
+    def leave(self) -> None:
+        self._exchanges -= 1
+        if not self._exchanges and self._left is not None and not self._left.done():
+            self._left.set_result(None)
+
+    async def last_has_left(self) -> None:
+        """Wait until no exchange uses this pool any more. Only for a pool that gets no new ones, and for one caller."""
+        if self._exchanges:
+            self._left = asyncio.get_running_loop().create_future()
+            await self._left
 
     def checkpoint(self) -> None:
-        """Save estimates and breakers; quotas and budgets are saved as they change."""
+        """Save estimates and breakers.
+
+        Ledgers are saved as they change, and here once more: after a reload an exchange of the old config may have
+        written the last state of a limit that by then was another.
+        """
         now, wall = self._clock(), time.time()
-        rows = []
+        rows = [
+            Row("quota", f"{account.id} {key}", value, wall)
+            for account in self._accounts.values()
+            for key, value in account.quota.rows(now, wall)
+        ]
+        rows += [
+            Row("budget", f"{route.name} {key}", value, wall)
+            for route in self._routes.values()
+            for key, value in route.budget.rows(now, wall)
+        ]
         for live in self._live.values():
             saved = SavedUpstream(live.breaker.snapshot(now), live.latency.snapshot(now), wall)
             rows.append(Row("upstream", live.id, msgspec.json.encode(saved), wall))
+        rows += [Row("reasoning", key, value, wall) for key, value in self.memory.expire(wall)]
         self._store.enqueue(rows)
 
     async def close(self) -> None:
         for client in self._clients.values():
             await client.close()
+
+
+class Bequest(msgspec.Struct, frozen=True):
+    """A route's ledger, the limits that was made for, and the line of those who wait."""
+
+    budget: Quota
+    limits: tuple[Limit, ...]
+    line: WaitingLine
+
+
+class Estate(msgspec.Struct, frozen=True):
+    """What one pool leaves to the next. Routes take shape only when they are asked for, so theirs may wait there."""
+
+    config: Config
+    accounts: Mapping[str, Account]
+    live: Mapping[Upstream, LiveUpstream]
+    routes: dict[str, Bequest]
+    affinity: Affinity
+    waiting: dict[str, LiveRoute]
+    memory: Memory
 
 
 class SavedUpstream(msgspec.Struct, frozen=True):
@@ -434,11 +602,40 @@ class SavedUpstream(msgspec.Struct, frozen=True):
 _UNSENT = Failure(Outcome.CANCELLED, Side.ROUTER, "never sent")
 
 
-def _usage(gate: Gate, head: Head, failure: Failure | None) -> Usage | None:
-    """What the upstream says it used; an estimate where it began an answer and never said."""
+def _teller(telemetry: Telemetry) -> Listener:
+    """A breaker's listener. It knows of no pool, for breakers outlive the one they were made in."""
+
+    def tell(name: str, before: str, after: str) -> None:
+        provider, _, model = name.partition("/")
+        telemetry.transition(provider, model, before, after)
+
+    return tell
+
+
+def _budgets(config: RouteConfig | None) -> tuple[Limit, ...]:
+    return () if config is None or config.budget is None else (config.budget,)
+
+
+def _inherit_breaker(heir: Account | LiveUpstream, former: Account | LiveUpstream, now: float, *, same: bool) -> None:
+    if same:
+        heir.breaker = former.breaker
+    else:
+        heir.breaker.restore(former.breaker.snapshot(now), now)
+
+
+def _heir(former: Quota, former_limits: Sequence[Limit], limits: Sequence[Limit], now: float, wall: float) -> Quota:
+    """The ledger for these limits: the very same if they have not changed, else a new one that keeps what was spent."""
+    if tuple(former_limits) == tuple(limits):
+        return former
+    return Quota(limits, previous=former, now=now, wall=wall)
+
+
+def _usage(ticket: Ticket, gate: Gate, head: Head, failure: Failure | None) -> Usage | None:
+    """What the upstream says it used; an estimate where it began an answer and never said, or was never let finish."""
     if gate.usage is not None:
         return gate.usage
-    if gate.started or failure is None:
+    cut_off = ticket.sent and failure is not None and failure.outcome is Outcome.CANCELLED
+    if gate.started or failure is None or cut_off:
         return Usage(input_tokens=head.prompt_tokens, output_tokens=gate.characters // CHARACTERS_PER_TOKEN)
     return None
 
@@ -496,6 +693,29 @@ def _attempt_record(
         chunks=chunks,
         usage=usage,
         cost_usd=cost_usd,
+    )
+
+
+def _entry(ticket: Ticket, record: AttemptRecord, wall: float) -> Entry:
+    """The attempt as the ledger keeps it."""
+    usage = record.usage or NO_USAGE
+    return Entry(
+        wall,
+        ticket.exchange,
+        ticket.route.name,
+        ticket.dialect,
+        record.provider,
+        record.model,
+        record.outcome,
+        record.code,
+        record.status,
+        usage.input_tokens,
+        usage.cached_tokens,
+        usage.output_tokens,
+        usage.reasoning_tokens,
+        record.cost_usd,
+        record.duration_s,
+        record.first_token_s,
     )
 
 

@@ -9,13 +9,25 @@ from __future__ import annotations
 import asyncio
 import heapq
 
+import msgspec
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """Those in line, as others see them. ``reason``: what the first of them waits for."""
+
+    count: int
+    reason: str
+    next_try_in_s: float
+    oldest_rank: float
+
 
 class _Waiter:
-    __slots__ = ("due", "rank", "woken")
+    __slots__ = ("due", "rank", "reason", "woken")
 
-    def __init__(self, rank: float, due: float, woken: asyncio.Future[None]) -> None:
+    def __init__(self, rank: float, due: float, reason: str, woken: asyncio.Future[None]) -> None:
         self.rank = rank
         self.due = due
+        self.reason = reason
         self.woken = woken
 
     def __lt__(self, other: _Waiter) -> bool:
@@ -34,10 +46,18 @@ class WaitingLine:
     def __len__(self) -> int:
         return len(self._waiters)
 
-    async def wait(self, rank: float, wait_s: float) -> None:
+    def waiting(self) -> Waiting | None:
+        """Who is in line; None: nobody."""
+        if not self._waiters:
+            return None
+        head = self._waiters[0]
+        left_s = head.due - asyncio.get_running_loop().time()
+        return Waiting(len(self._waiters), head.reason, max(0.0, left_s), head.rank)
+
+    async def wait(self, rank: float, wait_s: float, reason: str = "") -> None:
         """Return when it is worth trying again: at the latest when, as the head of the line, ``wait_s`` is over."""
         loop = asyncio.get_running_loop()
-        waiter = _Waiter(rank, loop.time() + wait_s, loop.create_future())
+        waiter = _Waiter(rank, loop.time() + wait_s, reason, loop.create_future())
         heapq.heappush(self._waiters, waiter)
         self._arm()
         try:

@@ -1,7 +1,26 @@
-"""The daemon's life: take up the state, listen, serve, drain, save.
+"""The daemon's life: take up the state, listen, serve, reload, drain, save.
 
-One process, one loop. SIGTERM and SIGINT stop it: listeners close first, open exchanges are given ``DRAIN_S`` to
-finish, what was learned is saved, and only then does it end.
+Rules
+-----
+* One process, one loop. What a reload replaces is one object, ``InForce``; all else lives as long as the process.
+* **A reload** (SIGHUP) reads the same file again. A bad one changes nothing and is said loudly. A good one serves every
+  exchange from then on; those already open keep what they began with, and when the last of them has ended, that is
+  closed. What is known of the upstreams (ledgers, breakers, latencies, warm caches, the line of those who wait) is
+  handed over in memory. Addresses, the body limit and the state file are fixed until a restart, and a change is said.
+* **A stop** (SIGTERM, SIGINT) drains. Nothing new is accepted, but a listening socket that was inherited is not closed:
+  whoever connects waits there for the next process. Exchanges that are open end in their own time, up to ``DRAIN_S``;
+  what is then still open ends with an honest error. A second signal ends the wait.
+* **No request is lost to a restart.** A request that arrives on a kept-alive connection during the drain is served, and
+  told that the connection ends with it. A connection that is idle cannot simply be closed, since a request may be on
+  its way into it: the service manager keeps it, and the next process goes on with it. Without a manager there is nobody
+  to go on, so it is closed, after a while in which nothing came.
+* The watchdog is fed by a timer of the very loop that serves: if that is stuck, so is the food.
+
+What is ugly
+------------
+aiohttp does not say whether a connection is idle; ``_idle`` looks. The bytes of a request's head that aiohttp has read
+before the head is whole cannot be seen at all: a client that pauses for a drain's first moment in the middle of its
+head, and is handed over just then, gets a 400.
 """
 
 from __future__ import annotations
@@ -9,61 +28,426 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import signal
-from collections.abc import AsyncIterator
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
 
 import uvloop
 from aiohttp import web
 
 from routerd import __version__
-from routerd.config import Config, Listen, ProviderConfig
+from routerd.config import Config, ConfigError, Listen, Problem, ProviderConfig
 from routerd.proxy.app import App
+from routerd.proxy.notify import FORGET_CONNECTIONS, READY, STOPPING, WATCHDOG, Manager, take
 from routerd.proxy.pool import Pool
 from routerd.proxy.simulated import Script, SimulatedServer, turn_for
-from routerd.state import Store, open_store
+from routerd.state import StateError, Store, open_store
 from routerd.telemetry import Telemetry
 
-DRAIN_S = 30.0  # open exchanges get this long to finish after a stop was asked for
+# The longest restart, and so the longest anybody waits in front of one: the Responses clients of some agents give a
+# silent server 120 s, and all others more. Whoever changes it changes TimeoutStopSec= of the units with it.
+DRAIN_S = 90.0
+LAST_WORDS_S = 5.0  # then, to tell the clients that are left
+FORCE_S = 0.1  # after those, connections are closed whatever they do
+DRAIN_TICK_S = 0.05  # while draining, connections are looked at this often
+IDLE_GRACE_S = 0.5  # without a manager, a connection idle for so long in a drain is closed
 IDLE_CLIENT_S = 75.0  # a kept-alive client connection without a request
 CHECKPOINT_S = 30.0  # estimates and breakers are saved this often
+STATUS_S = 5.0  # the manager is told at most this often how things are
+FEEDINGS = 3  # of the watchdog within its time
 BACKLOG = 4096
 
 
-def serve(config: Config, state_dir: Path) -> None:
-    """Run until told to stop. Raises StateError if the state cannot be used, OSError if an address cannot be had."""
-    uvloop.run(_serve(config, state_dir))
+def serve(config: Config, state_dir: Path, load: Callable[[], Config]) -> None:
+    """Run until told to stop. ``load`` reads the configuration anew.
+
+    Raises StateError if the state cannot be used, OSError if an address cannot be had, ConfigError if an inherited
+    address does not go with the configuration.
+    """
+    manager = take(os.environ)
+    uvloop.run(_serve(config, state_dir, load, manager))
 
 
-async def _serve(config: Config, state_dir: Path) -> None:
-    telemetry = Telemetry()
-    async with running(config, open_store(config.state_url, state_dir), telemetry):
-        stopped = asyncio.Event()
+async def _serve(config: Config, state_dir: Path, load: Callable[[], Config], manager: Manager) -> None:
+    store = open_store(config.state_url, state_dir)
+    async with Service(config, store, Telemetry(), load=load, manager=manager) as service:
         loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, service.reload_soon)
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopped.set)
-        await stopped.wait()
-        telemetry.log.info("stopping", drain_s=DRAIN_S)
+            loop.add_signal_handler(number, service.stop)
+        await service.stopping.wait()
 
 
 @asynccontextmanager
 async def running(config: Config, store: Store, telemetry: Telemetry) -> AsyncIterator[list[str]]:
     """A whole daemon while the context lasts. Gives the URLs it listens at."""
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(store.close)
-        simulated = await _start_simulated(config, stack)
-        pool = Pool(config, store, telemetry, simulated=simulated)
-        stack.push_async_callback(pool.close)
-        await pool.restore()
-        telemetry.watch(pool.snapshot)
-        telemetry.config_success_time.set_to_current_time()
-        stack.callback(pool.checkpoint)
-        await stack.enter_async_context(_checkpoints(pool))
-        runner = await _start_runner(App(config, pool, telemetry), stack)
-        urls = [await _listen(runner, listen) for listen in config.server.listen]
-        _announce(config, store, telemetry, urls)
-        yield urls
+    async with Service(config, store, telemetry) as service:
+        yield service.urls
+
+
+class InForce:
+    """What a reload replaces: a config, its pool, and the servers of its simulated providers."""
+
+    __slots__ = ("_stack", "config", "pool")
+
+    def __init__(self, config: Config, pool: Pool, stack: AsyncExitStack) -> None:
+        self.config = config
+        self.pool = pool
+        self._stack = stack
+
+    @classmethod
+    async def begin(cls, config: Config, store: Store, telemetry: Telemetry, previous: InForce | None = None) -> Self:
+        """Build it, with all that is known. Raises StateError and OSError, and leaves nothing behind then."""
+        async with AsyncExitStack() as stack:
+            simulated = await _start_simulated(config, stack)
+            pool = Pool(config, store, telemetry, simulated=simulated)
+            stack.push_async_callback(pool.close)
+            await pool.restore(previous.pool.bequeath() if previous is not None else None)
+            return cls(config, pool, stack.pop_all())
+
+    async def end(self) -> None:
+        """Close its connections. Only when no exchange uses them any more."""
+        await self._stack.aclose()
+
+
+class Service:
+    """A whole daemon, from ``async with`` to the end of its drain.
+
+    ``urls``: where it listens. ``stopping`` is set by ``stop``, which is safe to call from a signal handler, as is
+    ``reload_soon``. ``load`` may block; it is called on a thread.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        telemetry: Telemetry,
+        *,
+        load: Callable[[], Config] | None = None,
+        manager: Manager | None = None,
+        drain_s: float = DRAIN_S,
+    ) -> None:
+        self.urls: list[str] = []
+        self.stopping = asyncio.Event()
+        self._config = config
+        self._store = store
+        self._telemetry = telemetry
+        self._load = load or (lambda: config)
+        self._manager = manager or Manager()
+        self._drain_s = drain_s
+        self._stack = AsyncExitStack()
+        self._servers: list[asyncio.Server] = []
+        self._exposed: list[str] = []  # inherited addresses that other machines can reach
+        self._hurry = asyncio.Event()
+        self._reload_wanted = False
+        self._reloading: asyncio.Task[None] | None = None
+        self._reload_failed = False
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._status = ""
+        self._idle_since: dict[web.RequestHandler, float] = {}
+
+    def __repr__(self) -> str:
+        return f"<Service {self.urls} {self._status or 'not serving'}>"
+
+    # --- start and stop ---------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        self._stack.push_async_callback(self._store.close)
+        self._stack.callback(self._manager.close)
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._hurry.set()
+        try:
+            await self._drain()
+        finally:
+            await self._stack.aclose()
+
+    async def _start(self) -> None:
+        self._in_force = await InForce.begin(self._config, self._store, self._telemetry)
+        self._stack.push_async_callback(self._end_all)
+        self._app = App(self._config, self._in_force.pool, self._telemetry)
+        self._telemetry.watch(self._in_force.pool.snapshot)
+        self._telemetry.config_in_force()
+        self._stack.callback(self._checkpoint)
+        await self._stack.enter_async_context(_every(CHECKPOINT_S, self._checkpoint))
+        self._connector = await _start_connector(self._app, self._stack)
+        await self._listen()
+        self._announce()
+        self._manager.tell(READY, f"STATUS={self._describe()}")
+        if self._manager:
+            await self._stack.enter_async_context(_every(STATUS_S, self._tell_status))
+        if self._manager.watchdog_s is not None:
+            feed = _every(self._manager.watchdog_s / FEEDINGS, lambda: self._manager.tell(WATCHDOG))
+            await self._stack.enter_async_context(feed)
+
+    async def _end_all(self) -> None:
+        if self._reloading is not None:
+            await self._reloading
+        for task in self._retiring:
+            task.cancel()
+        await asyncio.gather(*self._retiring, return_exceptions=True)
+        await self._in_force.end()
+
+    def _checkpoint(self) -> None:
+        self._in_force.pool.checkpoint()
+
+    def stop(self) -> None:
+        """Begin to stop; a second call ends the wait for open exchanges."""
+        if self.stopping.is_set():
+            self._hurry.set()
+        self.stopping.set()
+
+    # --- listening --------------------------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        inherited = self._manager.inherited
+        if inherited.listening:
+            self._exposed = [str(address) for address in map(_address, inherited.listening) if not address.local]
+            self._check_exposed(self._config)
+            for sock in inherited.listening:
+                await self._listen_on(sock)
+        else:
+            for listen in self._config.server.listen:
+                await self._listen_at(listen)
+        self._manager.tell(FORGET_CONNECTIONS)  # before one of them is served: the manager's copy would keep it open
+        for sock in inherited.connections:
+            await self._go_on_with(sock)
+
+    def _check_exposed(self, config: Config) -> None:
+        """An inherited address may be open to more than the one in the config. Raises ConfigError."""
+        if self._exposed and not config.server.tokens:
+            where = ", ".join(self._exposed)
+            message = f'{where}, given by the service manager, is open to other machines; add tokens = ["${{NAME}}"]'
+            raise ConfigError([Problem("server.tokens", message)])
+
+    async def _listen_on(self, sock: socket.socket) -> None:
+        loop, address = asyncio.get_running_loop(), _address(sock)
+        if address.path:
+            server = await loop.create_unix_server(self._connector, sock=sock, backlog=BACKLOG)
+        else:
+            server = await loop.create_server(self._connector, sock=sock, backlog=BACKLOG)
+        self._add_server(server, address)
+
+    async def _listen_at(self, listen: Listen) -> None:
+        loop = asyncio.get_running_loop()
+        if listen.path:
+            server = await loop.create_unix_server(self._connector, listen.path, backlog=BACKLOG)
+        else:
+            server = await loop.create_server(
+                self._connector, listen.host, listen.port, backlog=BACKLOG, reuse_address=True
+            )
+            port = server.sockets[0].getsockname()[1]  # it may have been 0, which means any
+            listen = Listen(listen.host, port)
+        self._add_server(server, listen)
+
+    def _add_server(self, server: asyncio.Server, listen: Listen) -> None:
+        self._servers.append(server)
+        self.urls.append(str(listen) if listen.path else f"http://{listen}")
+
+    async def _go_on_with(self, sock: socket.socket) -> None:
+        """Serve a connection that the process before this one kept alive."""
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self._connector, sock)
+        except OSError:
+            sock.close()  # its client has left in between
+
+    # --- what the manager and the operator are told -----------------------------------------------------------------
+
+    def _announce(self) -> None:
+        config, log = self._config, self._telemetry.log
+        log.info(
+            "serving",
+            version=__version__,
+            listen=self.urls,
+            config=str(config.source) if config.source else "environment",
+            providers=list(config.providers),
+            routes=list(config.routes),
+        )
+        if self._manager.inherited.listening:
+            log.info("listening where the service manager says; server.listen is not used")
+        if self._manager.inherited.connections:
+            log.info("connections taken over", count=len(self._manager.inherited.connections))
+        for sentence in self._store.warnings:
+            log.warning("state", message=sentence)
+        self._warn(config)
+
+    def _warn(self, config: Config) -> None:
+        for warning in config.warnings:
+            self._telemetry.log.warning("config", path=warning.path, message=warning.message)
+        if config.simulated:
+            self._telemetry.log.warning(
+                "SIMULATED: no provider key and no config were found, so every answer is made up by routerd itself; "
+                "set OPENROUTER_API_KEY (or another provider's key) and start again"
+            )
+
+    def _describe(self) -> str:
+        able, count = self._in_force.pool.admissible(time.monotonic(), time.time())
+        exchanges = self._app.open_exchanges
+        text = f"{able} of {count} upstreams admissible, {exchanges} open exchange{'' if exchanges == 1 else 's'}"
+        if self.stopping.is_set():
+            return f"Draining: {text}"
+        return f"{text}; the configuration file is bad, an older one is in force" if self._reload_failed else text
+
+    def _tell_status(self) -> None:
+        status = self._describe()
+        if status != self._status:
+            self._status = status
+            self._manager.tell(f"STATUS={status}")
+
+    # --- reloading --------------------------------------------------------------------------------------------------
+
+    def reload_soon(self) -> None:
+        """Reload; if that is under way, once more after it, for the file may have changed since it was read."""
+        self._reload_wanted = True
+        if self._reloading is None:
+            self._reloading = asyncio.ensure_future(self._reload_while_wanted())
+
+    async def _reload_while_wanted(self) -> None:
+        while self._reload_wanted and not self.stopping.is_set():
+            self._reload_wanted = False
+            await self.reload()
+        self._reloading = None
+
+    async def reload(self) -> bool:
+        """Take up the configuration as it is now; False if it is bad and the old one stays in force."""
+        self._manager.reloading()
+        problems = await self._try_reload()
+        for problem in problems:
+            self._telemetry.log.error("config", path=problem.path, message=problem.message)
+        self._reload_failed = bool(problems)
+        self._telemetry.reloaded(success=not problems)
+        if problems:
+            self._telemetry.log.error("reload failed: the old configuration stays in force", problems=len(problems))
+        self._manager.tell(READY, f"STATUS={self._describe()}")
+        return not problems
+
+    async def _try_reload(self) -> tuple[Problem, ...]:
+        """Every reason why the configuration is not in force now; none if it is."""
+        try:
+            config = await asyncio.to_thread(self._load)
+            self._check_exposed(config)
+            in_force = await InForce.begin(config, self._store, self._telemetry, self._in_force)
+        except ConfigError as error:
+            return error.problems
+        except (StateError, OSError) as error:
+            return (Problem("", str(error)),)
+        self._take_up(in_force)
+        return ()
+
+    def _take_up(self, in_force: InForce) -> None:
+        former, self._in_force = self._in_force, in_force
+        self._app.adopt(in_force.config, in_force.pool)
+        self._telemetry.watch(in_force.pool.snapshot)
+        self._telemetry.log.info(
+            "reloaded",
+            config=str(in_force.config.source) if in_force.config.source else "environment",
+            providers=list(in_force.config.providers),
+            routes=list(in_force.config.routes),
+            open_exchanges=self._app.open_exchanges,
+        )
+        self._warn(in_force.config)
+        self._warn_fixed(in_force.config)
+        task = asyncio.ensure_future(self._retire(former))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    def _warn_fixed(self, config: Config) -> None:
+        """Say which changes wait for a restart."""
+        began, now = self._config, config
+        changes = {
+            "server.listen": (began.server.listen, now.server.listen),
+            "server.max_body": (began.server.max_body_bytes, now.server.max_body_bytes),
+            "state.url": (began.state_url, now.state_url),
+        }
+        for path, (before, after) in changes.items():
+            if before != after:
+                self._telemetry.log.warning("config", path=path, message="a change takes a restart; it is as it was")
+
+    async def _retire(self, former: InForce) -> None:
+        try:
+            await former.pool.last_has_left()
+            self._in_force.pool.checkpoint()  # where both wrote the same rows, the pool in force has the last word
+        finally:
+            await former.end()
+
+    # --- draining ---------------------------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        """Let everything that is open end, up to the limit, and lose nothing of what comes meanwhile."""
+        self.stopping.set()
+        self._manager.tell(STOPPING, f"STATUS={self._describe()}")
+        self._telemetry.log.info("stopping", open_exchanges=self._app.open_exchanges, drain_s=self._drain_s)
+        self._app.closing = True
+        for server in self._servers:
+            server.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_s):
+                await self._let_go()
+        cut = await self._app.cut(LAST_WORDS_S)
+        if cut:
+            self._telemetry.log.warning("drain ended", cut_exchanges=cut)
+
+    async def _let_go(self) -> None:
+        """Until no connection is left, or nobody wants to wait any longer."""
+        while connections := self._connector.connections:
+            for connection in connections:
+                self._let_go_of(connection)
+            if await self._hurried(DRAIN_TICK_S):
+                return
+
+    async def _hurried(self, wait_s: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                return await self._hurry.wait()
+        return False
+
+    def _let_go_of(self, connection: web.RequestHandler) -> None:
+        """Of a connection that is idle: to the next process where there will be one, else by closing it in time."""
+        transport = connection.transport
+        if transport is None or not _idle(connection):
+            self._idle_since.pop(connection, None)
+            return
+        fd = transport.get_extra_info("socket").fileno()
+        now = time.monotonic()
+        idle_s = now - self._idle_since.setdefault(connection, now)
+        handed_over = bool(self._manager.inherited.listening) and self._manager.keep(fd)
+        if handed_over or (idle_s >= IDLE_GRACE_S and not _readable(fd)):
+            connection.force_close()
+
+
+def _idle(connection: web.RequestHandler) -> bool:
+    """True if it is waiting for a request and has nothing of one: aiohttp has no public word for that."""
+    waiter = connection._waiter  # noqa: SLF001
+    return waiter is not None and not waiter.done() and not connection._messages  # noqa: SLF001
+
+
+def _readable(fd: int) -> bool:
+    """True if bytes have arrived that the loop has not yet read."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        try:
+            return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
+
+def _address(sock: socket.socket) -> Listen:
+    name = sock.getsockname()
+    return Listen(name[0], name[1]) if isinstance(name, tuple) else Listen(path=str(name) or "unnamed")
 
 
 async def _start_simulated(config: Config, stack: AsyncExitStack) -> dict[str, str]:
@@ -84,13 +468,13 @@ async def _start_one_simulated(provider: ProviderConfig, stack: AsyncExitStack) 
 
 
 @asynccontextmanager
-async def _checkpoints(pool: Pool) -> AsyncIterator[None]:
-    """Save estimates and breakers now and then, until the context ends."""
+async def _every(period_s: float, act: Callable[[], object]) -> AsyncIterator[None]:
+    """Do it again and again, until the context ends."""
 
     async def repeat() -> None:
         while True:
-            await asyncio.sleep(CHECKPOINT_S)
-            pool.checkpoint()
+            await asyncio.sleep(period_s)
+            act()
 
     task = asyncio.ensure_future(repeat())
     try:
@@ -101,7 +485,8 @@ async def _checkpoints(pool: Pool) -> AsyncIterator[None]:
             await task
 
 
-async def _start_runner(app: App, stack: AsyncExitStack) -> web.AppRunner:
+async def _start_connector(app: App, stack: AsyncExitStack) -> web.Server:
+    """What makes an aiohttp connection of a socket's, and knows those that are open."""
     # handler_cancellation: a client's hang-up must reach the exchange at once, wherever it stands.
     # access_log: one line per exchange is written by telemetry; aiohttp's own costs more than the routing.
     runner = web.AppRunner(
@@ -110,44 +495,8 @@ async def _start_runner(app: App, stack: AsyncExitStack) -> web.AppRunner:
         handler_cancellation=True,
         handle_signals=False,
         keepalive_timeout=IDLE_CLIENT_S,
-        shutdown_timeout=DRAIN_S,
+        shutdown_timeout=FORCE_S,
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    return runner
-
-
-async def _listen(runner: web.AppRunner, listen: Listen) -> str:
-    if listen.path:
-        await web.UnixSite(runner, listen.path, backlog=BACKLOG).start()
-        return str(listen)
-    site = web.TCPSite(runner, listen.host, listen.port, backlog=BACKLOG, reuse_address=True)
-    await site.start()
-    return f"http://{Listen(listen.host, _bound_port(site, listen))}"
-
-
-def _bound_port(site: web.TCPSite, listen: Listen) -> int:
-    """The port really bound, for ``listen`` may ask for any with 0."""
-    server = site._server  # noqa: SLF001 - aiohttp has no public way to ask a site for its port
-    sockets = getattr(server, "sockets", None) or ()
-    return next((sock.getsockname()[1] for sock in sockets), listen.port)
-
-
-def _announce(config: Config, store: Store, telemetry: Telemetry, urls: list[str]) -> None:
-    telemetry.log.info(
-        "serving",
-        version=__version__,
-        listen=urls,
-        config=str(config.source) if config.source else "environment",
-        providers=list(config.providers),
-        routes=list(config.routes),
-    )
-    for sentence in store.warnings:
-        telemetry.log.warning("state", message=sentence)
-    for warning in config.warnings:
-        telemetry.log.warning("config", path=warning.path, message=warning.message)
-    if config.simulated:
-        telemetry.log.warning(
-            "SIMULATED: no provider key and no config were found, so every answer is made up by routerd itself; "
-            "set OPENROUTER_API_KEY (or another provider's key) and start again"
-        )
+    return cast("web.Server", runner.server)

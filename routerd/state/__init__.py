@@ -1,14 +1,18 @@
-"""What outlives the process: quotas spent, windows closed. The protocol, and the way from a URL to a store."""
+"""What outlives the process: quotas spent, windows closed, and the ledger of all attempts.
+
+The protocol, and the way from a URL to a store.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from routerd.state.ledger import Entry, Total
 from routerd.state.memory import MemoryStore
 from routerd.state.sqlite import SqliteStore
 from routerd.state.store import Row, StateError, Store
 
-__all__ = ["Row", "StateError", "Store", "open_store"]
+__all__ = ["Entry", "Row", "StateError", "Store", "Total", "open_store"]
 
 
 def open_store(url: str, state_dir: Path) -> Store:

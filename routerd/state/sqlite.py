@@ -15,6 +15,9 @@ How it works
 * **Damage is never silent.** A file that is no database, or a torn one, is moved aside under a name with the time in
   it, an empty one takes its place, and ``warnings`` says so: stopping a daemon nobody watches would cost more than
   spending one day's free requests twice, but somebody has to learn of it.
+* **The ledger never gets in the way.** Its entries are only added to a list; the writer commits them in a transaction
+  of their own, after the rows that requests wait for, so neither its size nor its failure touches those. Entries that
+  could not be written are tried again with the next ones.
 
 What is ugly
 ------------
@@ -37,10 +40,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from routerd.state import ledger
+from routerd.state.ledger import Column, Entry, Total
 from routerd.state.store import Row, StateError
 
 COALESCE_S = 0.25  # how long an enqueued row may wait for others
-MAX_PENDING = 65_536  # rows, and callers, waiting for the writer
+MAX_PENDING = 65_536  # rows, ledger entries, and callers, waiting for the writer
 BUSY_S = 5.0  # how long another program's lock on the database is waited for
 KEEP_S = 92 * 86_400.0  # a row that was not renewed for so long is past every window
 PRUNE_ROWS = 1000  # rows removed at once, so that pruning never holds writers up for long
@@ -60,11 +67,14 @@ MIGRATIONS: tuple[str, ...] = (
     ) WITHOUT ROWID;
     CREATE INDEX rows_by_age ON rows (wall);
     """,
+    ledger.SCHEMA,
 )
 UPSERT = "INSERT INTO rows VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET value = excluded.value, wall = excluded.wall"
+SELECT = "SELECT key, value FROM rows WHERE kind = ?"
+FORGET = "DELETE FROM rows WHERE kind = ? AND key = ?"
 PRUNE = "DELETE FROM rows WHERE (kind, key) IN (SELECT kind, key FROM rows WHERE wall < ? ORDER BY wall LIMIT ?)"
 
-CHECK_MAX_BYTES = 64 * 1024 * 1024  # larger files are not read through at start: that would be felt
+CHECK_MAX_BYTES = 64 * 1024 * 1024  # of larger files only the quotas are read through at start: all would be felt
 PERMISSION_ADVICE = "Check that the folder exists and belongs to the user routerd runs as, or set another [state] url"
 ADVICE = {
     sqlite3.SQLITE_BUSY: "another program keeps it locked; close it",
@@ -83,8 +93,18 @@ DAMAGE_WARNING = (
 )
 
 Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
-Load = tuple[asyncio.AbstractEventLoop, "asyncio.Future[dict[str, bytes]]", str]
-Work = tuple[list[Row], list[Waiter], list[Load], bool]
+Query = Callable[[sqlite3.Connection], Any]
+Question = tuple[asyncio.AbstractEventLoop, "asyncio.Future[Any]", Query]
+
+
+class Work(msgspec.Struct):
+    """What the writer found to do, all at once."""
+
+    rows: list[Row]
+    entries: list[Entry]
+    waiters: list[Waiter]
+    questions: list[Question]
+    closing: bool
 
 
 class SqliteStore:
@@ -109,8 +129,10 @@ class SqliteStore:
         self._wake = threading.Condition()
         self._pending: dict[tuple[str, str], Row] = {}
         self._failed: dict[tuple[str, str], Row] = {}
+        self._unrecorded: list[Entry] = []  # entries that could not be written so far
+        self._entries: list[Entry] = []
         self._waiters: list[Waiter] = []
-        self._loads: list[Load] = []
+        self._questions: list[Question] = []
         self._closing = False
         self._next_prune = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="routerd-state", daemon=True)
@@ -130,13 +152,20 @@ class SqliteStore:
     # From the event loop
 
     async def load(self, kind: str) -> dict[str, bytes]:
+        return dict(await self._ask(lambda database: database.execute(SELECT, (kind,)).fetchall()))
+
+    async def totals(self, since: float, by: Sequence[Column]) -> list[Total]:
+        return list(await self._ask(lambda database: ledger.totals(database, since, by)))
+
+    async def _ask(self, query: Query) -> Any:
+        """Ask the database, on the writer's thread and after all that was written before."""
         loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[dict[str, bytes]] = loop.create_future()
+        answer: asyncio.Future[Any] = loop.create_future()
         with self._wake:
             self._check_open()
-            self._loads.append((loop, loaded, kind))
+            self._questions.append((loop, answer, query))
             self._wake.notify()
-        return await loaded
+        return await answer
 
     async def write(self, rows: Sequence[Row]) -> None:
         loop = asyncio.get_running_loop()
@@ -155,6 +184,20 @@ class SqliteStore:
             self._check_open()
             self._put(rows)
             self._wake.notify()
+
+    def record(self, entries: Sequence[Entry]) -> None:
+        with self._wake:
+            self._check_open()
+            if not (self._entries or self._pending):  # else the writer is awake already, waiting for company
+                self._wake.notify()
+            self._entries += entries
+            self._shorten(self._entries)
+
+    def _shorten(self, entries: list[Entry]) -> None:
+        surplus = len(entries) - self._max_pending
+        if surplus > 0:
+            del entries[:surplus]
+            self.dropped += surplus
 
     async def close(self) -> None:
         with self._wake:
@@ -182,62 +225,88 @@ class SqliteStore:
         try:
             closing = False
             while not closing:
-                rows, waiters, loads, closing = self._next()
-                error = self._commit(rows) if rows else None
-                _tell(waiters, error)
-                for load in loads:
-                    self._answer(load)
+                work = self._next()
+                error = self._commit_rows(work.rows) if work.rows else None
+                _tell(work.waiters, error)
+                self._commit_entries(work.entries)
+                for question in work.questions:
+                    self._answer(question)
                 self._prune()
+                closing = work.closing
         finally:
             self._stop()
 
     def _next(self) -> Work:
         """Sleep until there is something to do, and take all of it."""
         with self._wake:
-            self._wake.wait_for(lambda: self._pending or self._urgent())
+            self._wake.wait_for(lambda: self._pending or self._entries or self._urgent())
             self._wake.wait_for(self._urgent, COALESCE_S)
             rows = list((self._failed | self._pending).values()) if self._failed else list(self._pending.values())
             self._pending, self._failed = {}, {}
+            entries = self._unrecorded + self._entries
+            self._unrecorded, self._entries = [], []
             waiters, self._waiters = self._waiters, []
-            loads, self._loads = self._loads, []
-            return rows, waiters, loads, self._closing
+            questions, self._questions = self._questions, []
+            return Work(rows, entries, waiters, questions, self._closing)
 
     def _urgent(self) -> bool:
-        return bool(self._waiters or self._loads or self._closing)
+        return bool(self._waiters or self._questions or self._closing)
 
-    def _commit(self, rows: list[Row]) -> StateError | None:
-        """One transaction; None if it is durable. What failed stays for the next one."""
-        database = self._database
+    def _commit_rows(self, rows: list[Row]) -> StateError | None:
+        """None if they are durable. What failed stays for the next time."""
+        gone = [(row.kind, row.key) for row in rows if not row.value]
+        error = self._commit(UPSERT, [(row.kind, row.key, row.value, row.wall) for row in rows if row.value])
+        if error is None and gone:
+            error = self._commit(FORGET, gone)
+        if error is None:
+            self.commits += 1
+            return None
+        self._failed = {(row.kind, row.key): row for row in rows[-self._max_pending :]}
+        return StateError(f"{self._path} could not be written: {_advice(error)}")
+
+    def _commit_entries(self, entries: list[Entry]) -> None:
+        if entries and self._commit(ledger.INSERT, [msgspec.structs.astuple(entry) for entry in entries]) is not None:
+            self._shorten(entries)
+            self._unrecorded = entries
+
+    def _commit(self, statement: str, values: Sequence[Sequence[Any]]) -> sqlite3.Error | None:
+        """All of them in one transaction, or why not."""
         try:
-            database.execute("BEGIN IMMEDIATE")
-            database.executemany(UPSERT, [(row.kind, row.key, row.value, row.wall) for row in rows])
-            database.execute("COMMIT")
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(statement, values)
+            self._database.execute("COMMIT")
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
-                database.execute("ROLLBACK")
-            self._failed = {(row.kind, row.key): row for row in rows[-self._max_pending :]}
-            return StateError(f"{self._path} could not be written: {_advice(error)}")
-        self.commits += 1
+                self._database.execute("ROLLBACK")
+            return error
         return None
 
-    def _answer(self, load: Load) -> None:
-        loop, loaded, kind = load
+    def _answer(self, question: Question) -> None:
+        loop, answer, query = question
         try:
-            rows = dict(self._database.execute("SELECT key, value FROM rows WHERE kind = ?", (kind,)).fetchall())
+            result = query(self._database)
         except sqlite3.Error as error:
             failure = StateError(f"{self._path} could not be read: {_advice(error)}")
-            _call(loop, lambda: None if loaded.done() else loaded.set_exception(failure))
+            _call(loop, lambda: None if answer.done() else answer.set_exception(failure))
         else:
-            _call(loop, lambda: None if loaded.done() else loaded.set_result(rows))
+            _call(loop, lambda: None if answer.done() else answer.set_result(result))
 
     def _prune(self) -> None:
         if time.monotonic() < self._next_prune:
             return
+        wall = time.time()
         try:
-            pruned = self._database.execute(PRUNE, (time.time() - KEEP_S, PRUNE_ROWS)).rowcount
+            pruned = [
+                self._database.execute(statement, (bound, PRUNE_ROWS)).rowcount
+                for statement, bound in (
+                    (PRUNE, wall - KEEP_S),
+                    (ledger.PRUNE_OLD, wall - ledger.KEEP_S),
+                    (ledger.PRUNE_MANY, ledger.ROWS_MAX),
+                )
+            ]
         except sqlite3.Error:
-            pruned = 0  # old rows only cost room; the next write will tell what is wrong
-        if pruned < PRUNE_ROWS:
+            pruned = []  # old rows only cost room; the next write will tell what is wrong
+        if PRUNE_ROWS not in pruned:
             self._next_prune = time.monotonic() + PRUNE_EVERY_S
 
     def _stop(self) -> None:
@@ -245,10 +314,10 @@ class SqliteStore:
         with self._wake:
             self._closing = True
             waiters, self._waiters = self._waiters, []
-            loads, self._loads = self._loads, []
+            questions, self._questions = self._questions, []
         failure = StateError("the state store is closed")
         _tell(waiters, failure)
-        _tell([(loop, loaded) for loop, loaded, _ in loads], failure)
+        _tell([(loop, answer) for loop, answer, _ in questions], failure)
         self._database.close()
         os.close(self._lock_fd)
 
@@ -327,10 +396,10 @@ def _connect(path: Path, busy_s: float) -> sqlite3.Connection:
 def _prepare(database: sqlite3.Connection, path: Path) -> None:
     _refuse_foreign(database, path)
     path.chmod(0o600)  # whoever made it; SQLite gives the files beside it the same mode
-    if path.stat().st_size <= CHECK_MAX_BYTES:
-        (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise DamagedError
+    large = path.stat().st_size > CHECK_MAX_BYTES
+    found = database.execute(f"PRAGMA quick_check({'rows' if large else 1})").fetchone()
+    if found != ("ok",):
+        raise DamagedError
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = NORMAL")
     _migrate(database)

@@ -7,13 +7,18 @@ from typing import Protocol
 
 import msgspec
 
+from routerd.state.ledger import Column, Entry, Total
+
 
 class StateError(Exception):
     """State cannot be kept or read. The text says what to do about it."""
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One remembered thing. The last row of a (kind, key) stands; ``wall`` is its age, in Unix seconds."""
+    """One remembered thing. The last row of a (kind, key) stands; ``wall`` is its age, in Unix seconds.
+
+    An empty value forgets it.
+    """
 
     kind: str
     key: str
@@ -39,6 +44,14 @@ class Store(Protocol):
 
     def enqueue(self, rows: Sequence[Row]) -> None:
         """Written soon; several rows of one key within that time cost one write. From any thread, never blocks."""
+        ...
+
+    def record(self, entries: Sequence[Entry]) -> None:
+        """Put into the ledger soon. From any thread, never blocks; on a disk that stays full the oldest are lost."""
+        ...
+
+    async def totals(self, since: float, by: Sequence[Column]) -> list[Total]:
+        """What the ledger's entries since then add up to, everything recorded before included."""
         ...
 
     async def close(self) -> None:

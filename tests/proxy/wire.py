@@ -1,11 +1,13 @@
-"""Both ends of the wire as bare as tests need them: a client that notes how an answer came, an upstream of fixed bytes."""
+"""Both ends of the wire, bare: a client that notes how an answer came, and an upstream that says fixed bytes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import itertools
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +17,7 @@ import msgspec
 from tests.rig import HELLO
 
 CHAT = "/v1/chat/completions"
+WAIT_S = 10.0
 DONE = b"data: [DONE]\n\n"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 LAST_CHUNK = b"0\r\n\r\n"
@@ -57,7 +60,9 @@ class Heard(msgspec.Struct):
     @property
     def finishes(self) -> list[str]:
         """Every finish reason given."""
-        return [choice["finish_reason"] for chunk in self.chunks for choice in chunk["choices"] if choice["finish_reason"]]
+        return [
+            choice["finish_reason"] for chunk in self.chunks for choice in chunk["choices"] if choice["finish_reason"]
+        ]
 
     @property
     def keepalives(self) -> list[float]:
@@ -68,7 +73,7 @@ class Heard(msgspec.Struct):
     def longest_silence_s(self) -> float:
         """The longest time without a byte, from the request to the last byte."""
         times = [0.0, *(at for at, _ in self.reads)]
-        return max(after - before for before, after in zip(times, times[1:], strict=False))
+        return max(after - before for before, after in itertools.pairwise(times))
 
 
 def chunks(data: bytes) -> list[dict[str, Any]]:
@@ -89,8 +94,12 @@ async def hear(
     """Send one request on a connection of its own and note what comes until the answer ends, well or torn."""
     clock = asyncio.get_running_loop().time
     began = clock()
-    sent = {"data": body} if isinstance(body, bytes) else {"json": body}
-    async with aiohttp.ClientSession() as session, session.request(method, url + path, headers=headers, **sent) as reply:
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"} | dict(headers or {})
+    async with (
+        aiohttp.ClientSession() as session,
+        session.request(method, url + path, headers=headers, data=data and io.BytesIO(data)) as reply,
+    ):
         heard = Heard(reply.status, dict(reply.headers), [], torn=False)
         try:
             async for data in reply.content.iter_any():
@@ -98,6 +107,37 @@ async def hear(
         except aiohttp.ClientPayloadError:
             heard.torn = True
     return heard
+
+
+class Listener:
+    """A client in the middle of an answer: reads as much as it is told to."""
+
+    def __init__(self, reply: aiohttp.ClientResponse) -> None:
+        self.status = reply.status
+        self.data = b""
+        self._reply = reply
+
+    async def until(self, condition: Callable[[bytes], bool]) -> bytes:
+        """Read until this is true of all that has come; fail if the answer ends before."""
+        async with asyncio.timeout(WAIT_S):
+            while not condition(self.data):
+                data = await self._reply.content.readany()
+                assert data, f"ended with {self.data!r}"
+                self.data += data
+        return self.data
+
+    async def rest(self) -> bytes:
+        async with asyncio.timeout(WAIT_S):
+            self.data += await self._reply.content.read()
+        return self.data
+
+
+@contextlib.asynccontextmanager
+async def listening(url: str, body: Any, **options: Any) -> AsyncIterator[Listener]:
+    """A request whose answer is read bit by bit; it is hung up on when the context ends."""
+    async with aiohttp.ClientSession() as session, session.post(url + CHAT, json=body, **options) as reply:
+        yield Listener(reply)
+        reply.close()
 
 
 async def get(url: str, path: str, headers: Mapping[str, str] | None = None) -> Heard:

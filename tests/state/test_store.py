@@ -316,7 +316,7 @@ class TestTrouble:
         with other_program(tmp_path) as program:
             program.execute("PRAGMA user_version = 7")
 
-        with pytest.raises(StateError, match=r"newer routerd \(schema 7, this one knows 1\): upgrade routerd"):
+        with pytest.raises(StateError, match=r"newer routerd \(schema 7, this one knows 2\): upgrade routerd"):
             open_store(FILE, tmp_path)
         assert not list(tmp_path.glob("*corrupt*"))
 
