@@ -73,8 +73,8 @@ def _verdict() -> Iterator[Json]:
     yield stat(
         4,
         "Turns rescued",
-        "Answers that a retry, a continuation, a wait or a hedge brought in after a fault (all routes).",
-        over_range('routerd_recoveries_total{result="success"}'),
+        "Answers that a retry, a continuation or a hedge brought in after a fault (all routes).",
+        over_range('routerd_recoveries_total{step=~"retry|continue|hedge",result="success"}'),
         "short",
         decimals=0,
         steps=NEUTRAL,
@@ -122,7 +122,8 @@ def _turns() -> Iterator[Json]:
     yield bars(
         12,
         "Rescues",
-        "What was done about faults, and whether it brought an answer (all routes).",
+        "What was done about faults, and whether it brought an answer (all routes). One attempt may be a retry, the "
+        "end of a wait and a probe at once.",
         {"{{step}}: {{result}}": increase("routerd_recoveries_total", "step, result")},
         "short",
     )

@@ -118,7 +118,7 @@ def _tokens() -> Iterator[Json]:
     )
     yield lines(
         8,
-        "From cache",
+        "From cache, by model",
         "Share of prompt tokens found in the provider's cache.",
         {NAME: ratio(_used("cached", "provider, model"), _used("input", "provider, model"))},
         "percentunit",

@@ -138,11 +138,15 @@ class TextDelta(msgspec.Struct, frozen=True, gc=False):
 
 
 class ReasoningDelta(msgspec.Struct, frozen=True, gc=False):
-    """A piece of thinking. ``signature`` is the vendor's seal on the block, sent once, at the end, often alone."""
+    """A piece of thinking. ``signature`` is the vendor's seal on the block, sent once, at the end, often alone.
+
+    ``sealed``: a whole block that only its vendor can read, in place of text.
+    """
 
     index: int
     text: str
     signature: str = ""
+    sealed: str = ""
 
 
 class ToolStart(msgspec.Struct, frozen=True, gc=False):
@@ -370,6 +374,8 @@ class Fix(msgspec.Struct, frozen=True):
     temperature: bool = True  # False: dropped, the server fixes it
     tool_choice_required: Literal["required", "any", "auto"] = "required"  # how this upstream spells "required"
     parallel_tool_calls: bool = True  # False: sends ``parallel_tool_calls: false`` when tools are offered
+    # How a Messages request asks for thinking: by a budget of tokens, or by effort alone, where a budget is refused.
+    thinking: Literal["budget", "adaptive"] = "budget"
     stream_usage: bool = True  # understands ``stream_options.include_usage``
     cache_markers: bool = False  # caches only what ``cache_control`` marks; we add the marks that a client left out
     # How a broken-off answer is taken up: a trailing assistant turn, bare or flagged, that the model goes on writing;

@@ -300,6 +300,7 @@ class Telemetry:
         self._open_children: dict[str, Gauge] = {}
         self.handovers: deque[Handover] = deque(maxlen=HANDOVERS_KEPT)
         self.today = Today()
+        self.config_refused = False
 
     # --- definitions ------------------------------------------------------------------------------------------------
 
@@ -476,6 +477,7 @@ class Telemetry:
     def config_in_force(self, *, success: bool = True) -> None:
         """Note that the config last offered is in force from now on; or that it is not, and the old one stays."""
         self.config_successful.set(success)
+        self.config_refused = not success
         if success:
             self.config_success_time.set_to_current_time()
 

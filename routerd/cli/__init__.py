@@ -14,9 +14,15 @@ import shutil
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from routerd import config
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SIGNS = {"●": "green", "▲": "yellow", "✕": "red"}
+SERVICE_STATE = Path("/var/lib/routerd")  # StateDirectory= of the unit
 
 EXIT_FINE = 0
 EXIT_WRONG = 1  # something was found to be wrong
@@ -88,8 +94,14 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric:
 
 
 def _print_rich(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Collection[str]) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+
+    Console().print(rich_table(headings, rows, numeric))
+
+
+def rich_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric: Collection[str]) -> Table:
+    """The table for a terminal. A cell that begins with a sign has the colour of the sign."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
@@ -98,6 +110,15 @@ def _print_rich(headings: Sequence[str], rows: Sequence[Sequence[str]], numeric:
         table.add_column(heading, justify="right" if heading in numeric else "left", no_wrap=heading != headings[-1])
     before = ""
     for row in rows:
-        table.add_row(*(Text("" if text == before and place == 0 else text) for place, text in enumerate(row)))
+        cells = ("" if text == before and place == 0 else text for place, text in enumerate(row))
+        table.add_row(*(Text(text, SIGNS.get(text[:1], "")) for text in cells))
         before = row[0]
-    Console().print(table)
+    return table
+
+
+def saved_state(loaded: config.Config) -> str:
+    """Where the daemon of this configuration keeps its state, as seen by a user: a service has a folder of its own."""
+    path = Path(loaded.state_url.removeprefix("sqlite:"))
+    if loaded.state_url == f"sqlite:{path}" and not path.exists() and SERVICE_STATE.is_dir():
+        return f"sqlite:{SERVICE_STATE / path.name}"
+    return loaded.state_url

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from routerd.canonical import Event, Failure, Frame, Head, Request, Upstream
+from routerd.canonical import Event, Failure, Frame, Head, Recall, Request, Upstream
 
 
 class Stamp(msgspec.Struct, frozen=True):
@@ -50,10 +50,18 @@ class Decoder(Protocol):
 
 
 class Encoder(Protocol):
-    """Writes one exchange's stream; it outlives failovers, so it keeps ids and says its role only once."""
+    """Writes one exchange's stream; it outlives failovers, so it keeps ids and says its role only once.
+
+    ``opened``: it has said something that an upstream's own bytes do not fit behind, so all that follows is encoded.
+    """
+
+    opened: bool
 
     def encode(self, event: Event) -> bytes:
         """Return the event in this dialect, ``b""`` when it has no form here (yet)."""
+
+    def follow(self, frames: Iterable[Frame]) -> None:
+        """Note what was sent on as it came: what is encoded later must fit behind it. Called if the dialect asks."""
 
     def keepalive(self) -> bytes:
         """Return a protocol event that says nothing: clients do not count comments as life."""
@@ -63,18 +71,31 @@ class Encoder(Protocol):
 
 
 class Dialect(Protocol):
-    """One wire API."""
+    """One wire API.
+
+    ``forwarded_headers``: of the client's, in lower case, that go to an upstream which speaks the same dialect.
+    ``key_header``: where this API's own vendor looks for the key; ``""`` for a bearer token.
+    ``continuations``: the manners of ``Fix.continuation`` that can be said in this dialect; any can be ``instructed``.
+    ``follows``: its encoders are to be shown what is sent on as it came.
+    """
 
     name: str
     paths: tuple[str, ...]  # downstream
+    count_paths: tuple[str, ...]  # downstream, where a request's tokens are counted
     upstream_path: str  # appended to a provider's base URL
+    upstream_headers: dict[str, str]  # of every request to an upstream
+    forwarded_headers: tuple[str, ...]
+    key_header: str
+    continuations: frozenset[str]
+    follows: bool
 
     def read_head(self, body: bytes) -> Head:
         """Read what routing needs. Raises ``BadRequest``."""
 
-    def patch_request(self, body: bytes, head: Head, upstream: Upstream) -> bytes:
+    def patch_request(self, body: bytes, head: Head, upstream: Upstream, recall: Recall | None = None) -> bytes:
         """Return a body that ``read_head`` accepted as this upstream wants it, in the same dialect.
 
+        ``recall`` knows what the client may have left out of its history.
         ``head.stream`` decides whether the upstream is asked to stream; replaced, it can differ from the client's wish.
         """
 
@@ -104,6 +125,9 @@ class Dialect(Protocol):
 
     def encode_body(self, events: Iterable[Event], stamp: Stamp) -> bytes:
         """Return a whole answer."""
+
+    def encode_count(self, head: Head) -> bytes:
+        """Return the answer to the question how many tokens a request has."""
 
     def encode_error(self, failure: Failure) -> bytes:
         """Return the body of an error response."""

@@ -39,8 +39,8 @@ from routerd.canonical import (
     FinishReason,
     Frame,
     Head,
-    Outcome,
     ReasoningDelta,
+    Recall,
     Request,
     Side,
     Start,
@@ -57,15 +57,14 @@ from routerd.dialects import Stamp
 from routerd.dialects.chat_request import (
     JSON_ERRORS,
     continue_request,
-    mended,
     patch_request,
     read_head,
     tool_schemas,
 )
 from routerd.dialects.chat_translate import decode_request, encode_request
-from routerd.dialects.sse import BLOCK_BYTES_MAX, BODY, DONE, Block, Framer
+from routerd.dialects.faults import find_fault, named_fault, read_fault, read_json, told_status
+from routerd.dialects.sse import BLOCK_BYTES_MAX, DONE, Block, Framer
 
-FAULT_TEXT_MAX: Final = 2000  # characters of an upstream's error kept for the classifier
 DETAILS_BYTES_MAX: Final = 4 * 1024 * 1024  # of an answer's sealed thinking; of more, none is kept
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -241,7 +240,7 @@ class _Details:
 
 
 def _joined(details: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join neighbouring pieces of one text, as OpenRouter's own client does; a field is kept where it is first given."""
+    """Join neighbouring pieces of one text, as OpenRouter's own client does. A field's first value stands."""
     joined: list[tuple[dict[str, Any], list[str]]] = []
     for detail in details:
         field = _JOINED_FIELDS.get(str(detail.get("type")), "")
@@ -423,72 +422,14 @@ def _details(report: dict[str, Any], kind: str) -> dict[str, Any]:
     return details if isinstance(details, dict) else {}
 
 
-def _fault(error: Any) -> Fault:
-    """Read an ``error`` value: an object in one of several shapes, or a plain string."""
-    if not isinstance(error, dict):
-        return Fault(None, "", error[:FAULT_TEXT_MAX] if isinstance(error, str) else "")
-    metadata = error.get("metadata")
-    kind = metadata.get("error_type") if isinstance(metadata, dict) else None
-    spoken = (error.get("code"), error.get("error_code"), error.get("status"), error.get("status_code"))
-    words = (error.get("code"), kind, error.get("type"), error.get("status"))
-    message = error.get("message") or error.get("msg") or error.get("status_msg") or error.get("detail") or ""
-    return Fault(
-        next((status for status in map(_status, spoken) if status is not None), None),
-        next((word for word in words if isinstance(word, str) and word and not word.isdigit()), _word(spoken)),
-        (message if isinstance(message, str) else _encode(message).decode())[:FAULT_TEXT_MAX],
-    )
-
-
-def _status(value: Any) -> int | None:
-    """Return an HTTP error status given as a number or as digits."""
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) == 3:
-        value = int(value)
-    return value if isinstance(value, int) and 400 <= value < 600 else None
-
-
-def _word(values: Iterable[Any]) -> str:
-    """Return the first code that is a number, as text."""
-    return next((str(value) for value in values if isinstance(value, int | str) and value), "")
-
-
-def _find_fault(value: Any) -> Fault | None:
-    """Look for an error in JSON that is no answer. Shapes: ``{"error": ...}``, a list of that, a flat error object,
-    ``{"base_resp": {"status_code": ...}}``, ``{"detail": ...}``.
-    """
-    if isinstance(value, list):
-        return _find_fault(value[0]) if value and not isinstance(value[0], list) else None
-    if not isinstance(value, dict):
-        return None
-    if value.get("error"):
-        return _fault(value["error"])
-    if value.get("object") == "error" or value.get("type") == "error" or "detail" in value:
-        return _fault(value)
-    reply = value.get("base_resp")
-    if isinstance(reply, dict) and reply.get("status_code"):
-        return _fault(reply)
-    return _fault(value) if _status(value.get("status") or value.get("code")) is not None else None
-
-
-def _read_json(data: bytes) -> Any:
-    """Decode JSON of unknown shape. Raises ``UpstreamProtocolError``."""
-    try:
-        return msgspec.json.decode(data)
-    except JSON_ERRORS:
-        pass
-    try:
-        return msgspec.json.decode(mended(data))
-    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
-        raise UpstreamProtocolError("not JSON") from None
-
-
 def _read_odd_chunk(data: bytes) -> _Chunk | Fault:
     """Second look at a chunk that is not of the usual shape. Raises ``UpstreamProtocolError``."""
-    value = _read_json(data)
-    fault = _find_fault(value)
+    value = read_json(data)
+    fault = find_fault(value)
     if fault is not None:
         return fault
     try:
-        return msgspec.convert(value, _Chunk)
+        return _decode_chunk(_encode(value))  # not ``convert``, which cannot make raw JSON of a value again
     except (msgspec.ValidationError, RecursionError):
         raise UpstreamProtocolError("JSON that is no chunk of a completion") from None
 
@@ -624,7 +565,7 @@ class ChatDecoder:
         """Return the events of a block that is no chunk of the usual shape."""
         if block.data == DONE:
             return self._end()
-        odd = _named_fault(block) or _read_odd_chunk(block.data)
+        odd = named_fault(block) or _read_odd_chunk(block.data)
         if isinstance(odd, Fault):
             return (odd,)
         return self._read_choice(odd, odd.choices) if odd.choices else self._read_bare(odd, block)
@@ -653,7 +594,7 @@ class ChatDecoder:
 
     def _read_bare(self, chunk: _Chunk, block: Block) -> tuple[Event, ...]:
         """Return the events of a chunk with a name, an error or no choices: usage, a fault, or nothing at all."""
-        fault = _named_fault(block) if block.event else None
+        fault = named_fault(block) if block.event else None
         if fault is not None:
             return (fault,)
         if chunk.choices and not chunk.error:
@@ -662,9 +603,9 @@ class ChatDecoder:
         choice = chunk.choices[0] if chunk.choices else _NO_CHOICE
         _read_extras(chunk, choice, events)
         if chunk.error:
-            events.append(_fault(chunk.error))
+            events.append(read_fault(chunk.error))
         elif chunk.choices is None and not events:
-            fault = _find_fault(_read_json(block.data))
+            fault = find_fault(read_json(block.data))
             if fault is not None:
                 events.append(fault)
         return tuple(events)
@@ -674,26 +615,10 @@ _NO_CHOICE: Final = _Choice()
 _EMPTY_DELTA: Final = _Delta()
 
 
-def _named_fault(block: Block) -> Fault | None:
-    """Return the fault of an ``error`` block, or of a JSON body in place of a stream."""
-    if block.event == BODY:
-        fault = _find_fault(_read_json(block.data))
-        if fault is None:
-            raise UpstreamProtocolError("a JSON body in place of a stream")
-        return fault
-    if block.event != b"error":
-        return None
-    try:
-        value = _read_json(block.data)
-    except UpstreamProtocolError:
-        value = block.data.decode("utf-8", "replace")
-    return _find_fault(value) or _fault(value)
-
-
 def _choice_fault(choice: _Choice) -> Fault | None:
     """Return the fault a choice reports in place of a finish."""
     if choice.error:
-        return _fault(choice.error)
+        return read_fault(choice.error)
     reason = (choice.finish_reason or "").lower()
     return Fault(_FAULT_REASONS[reason], reason, "") if reason in _FAULT_REASONS else None
 
@@ -707,7 +632,7 @@ def _read_extras(chunk: _Chunk, choice: _Choice, events: list[Event]) -> None:
     if report is not None:
         events.append(report)
     if extension.get("error"):
-        events.append(_fault(extension["error"]))
+        events.append(read_fault(extension["error"]))
 
 
 def _read_body(body: bytes) -> list[Event]:
@@ -722,7 +647,7 @@ def _read_body(body: bytes) -> list[Event]:
     if fault is not None:
         return [fault]
     if chunk.error or choice.message is None:
-        fault = _find_fault(_read_json(body))
+        fault = find_fault(read_json(body))
         if fault is None:
             raise UpstreamProtocolError("JSON that is no completion")
         return [fault]
@@ -753,7 +678,7 @@ _CHUNK_TAIL: Final = b',"finish_reason":null}]}\n\n'
 class ChatEncoder:
     """Writes one exchange's stream. Text and reasoning have one place each here, so their indexes are not written."""
 
-    __slots__ = ("_chunk", "_head", "_include_usage", "_started", "_usage")
+    __slots__ = ("_chunk", "_head", "_include_usage", "_started", "_usage", "opened")
 
     def __init__(self, stamp: Stamp) -> None:
         head = {"id": stamp.id, "object": "chat.completion.chunk", "created": stamp.created, "model": stamp.model}
@@ -762,9 +687,13 @@ class ChatEncoder:
         self._include_usage = stamp.include_usage
         self._usage: Usage | None = None
         self._started = False
+        self.opened = False  # a keep-alive fits anywhere
 
     def encode(self, event: Event) -> bytes:
         return self._ENCODERS[type(event)](self, event)
+
+    def follow(self, frames: Iterable[Frame]) -> None:
+        """See ``Encoder.follow``. Chunks stand alone here."""
 
     def keepalive(self) -> bytes:
         """An empty delta. It has no role: clients that accumulate would join one role to the next."""
@@ -919,23 +848,11 @@ _ERRORS: Final[dict[int, tuple[str, str]]] = {
     503: ("server_error", "overloaded"),
     504: ("server_error", "timeout"),
 }
-# An upstream's own status is not the client's: its 401 is about our key.
-_STATUSES: Final[dict[Outcome, int]] = {
-    Outcome.RATE_LIMITED: 429,
-    Outcome.EXHAUSTED: 429,
-    Outcome.STALLED: 504,
-    Outcome.TRUNCATED: 502,
-    Outcome.IN_BAND_ERROR: 502,
-    Outcome.MALFORMED: 502,
-    Outcome.UNSUPPORTED: 400,
-    Outcome.CLIENT_ERROR: 400,
-}
 
 
 def _error(failure: Failure) -> dict[str, Any]:
     upstream = failure.side is Side.UPSTREAM
-    status = None if upstream else failure.status
-    status = status or _STATUSES.get(failure.outcome, 503)
+    status = told_status(failure)
     kind, code = _ERRORS.get(status) or _ERRORS[400 if status < 500 else 500]
     return {
         "message": failure.detail,
@@ -953,13 +870,19 @@ class ChatDialect:
 
     name = "chat"
     paths: tuple[str, ...] = ("/v1/chat/completions",)
+    count_paths: tuple[str, ...] = ()
     upstream_path = "/chat/completions"
+    upstream_headers: ClassVar[dict[str, str]] = {}
+    forwarded_headers: tuple[str, ...] = ()
+    key_header = ""
+    continuations: frozenset[str] = frozenset({"trailing", "prefix", "partial", "flags"})
+    follows = False
 
     def read_head(self, body: bytes) -> Head:
         return read_head(body)
 
-    def patch_request(self, body: bytes, head: Head, upstream: Upstream) -> bytes:
-        return patch_request(body, head, upstream)
+    def patch_request(self, body: bytes, head: Head, upstream: Upstream, recall: Recall | None = None) -> bytes:
+        return patch_request(body, head, upstream, recall)
 
     def decode_request(self, body: bytes) -> Request:
         return decode_request(body)
@@ -984,6 +907,9 @@ class ChatDialect:
 
     def encode_body(self, events: Iterable[Event], stamp: Stamp) -> bytes:
         return _Message(events).encode(stamp)
+
+    def encode_count(self, head: Head) -> bytes:
+        return _encode({"total_tokens": head.prompt_tokens})
 
     def encode_error(self, failure: Failure) -> bytes:
         return _encode({"error": _error(failure)})

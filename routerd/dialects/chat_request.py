@@ -6,8 +6,7 @@ A request is read twice, and never in full. ``read_head`` builds the few fields 
 content as raw bytes. ``patch_request`` rewrites top-level fields and leaves ``messages`` and ``tools`` byte for byte as
 they were, which is what an upstream's prompt cache is keyed on.
 
-Messages are opened only if a ``Fix`` asks for it and a search of the bytes says it can apply. The search is exact:
-inside a JSON string a quoted key appears as ``\\"key\\"``, so ``"key"`` with both its quotes cannot match there.
+Messages are opened only if a ``Fix`` asks for something in them; that is ``chat_history``.
 
 What is ugly: msgspec rejects lone surrogates (``"\\ud83d"``) and broken UTF-8, which models and tools do produce when
 an emoji is cut in two. Then, and only then, the standard library reads the JSON and U+FFFD takes the broken
@@ -19,23 +18,22 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 
-from routerd.canonical import COMPLETE, BadRequest, Fix, Head, Upstream
+from routerd.canonical import COMPLETE, BadRequest, Fix, Head, Recall, Upstream
+from routerd.dialects import chat_history
+from routerd.dialects.chat_history import Fields
 
 IMAGE_TOKENS: Final = 1600  # a large image at the vendors that publish a formula
 BYTES_PER_TOKEN: Final = 4
 CONVERSATION_MESSAGES_MAX: Final = 4  # the first user message is looked for no further down
 
-JSON_ERRORS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+JSON_ERRORS: Final = chat_history.JSON_ERRORS
 
-_Fields = dict[str, msgspec.Raw]
-_Rewrite = Callable[[_Fields], bool]  # changes the object in place; true if it did
 _encode: Final = msgspec.json.Encoder().encode
-_decode_fields: Final = msgspec.json.Decoder(_Fields).decode
+_decode_fields: Final = msgspec.json.Decoder(Fields).decode
 
 
 def mended(data: bytes) -> bytes:
@@ -210,7 +208,7 @@ def continue_request(body: bytes, text: str, manner: str) -> bytes:
     messages = _decode_raws(fields["messages"])
     turn: dict[str, Any] = {"role": "assistant", "content": text.rstrip()}
     if manner == "instructed":
-        messages += [msgspec.Raw(_encode(turn)), msgspec.Raw(_encode(_ask_to_go_on(text)))]
+        messages += [msgspec.Raw(_encode(turn)), msgspec.Raw(_encode(ask_to_go_on(text)))]
     else:
         messages.append(msgspec.Raw(_encode(turn | _TURN_MARKS.get(manner, {}))))
     fields["messages"] = msgspec.Raw(_encode(messages))
@@ -222,7 +220,7 @@ def continue_request(body: bytes, text: str, manner: str) -> bytes:
 _decode_raws: Final = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
-def _ask_to_go_on(text: str) -> dict[str, str]:
+def ask_to_go_on(text: str) -> dict[str, str]:
     return {
         "role": "user",
         "content": "The connection broke while you were writing your last answer. It ends with:\n\n"
@@ -237,16 +235,11 @@ def _ask_to_go_on(text: str) -> dict[str, str]:
 _TRUE: Final = msgspec.Raw(b"true")
 _FALSE: Final = msgspec.Raw(b"false")
 _NULL: Final = msgspec.Raw(b"null")
-_EMPTY_STRING: Final = msgspec.Raw(b'""')
-_EMPTY_ARGUMENTS: Final = msgspec.Raw(b'"{}"')
-_BLANK_REASONING: Final = msgspec.Raw(b'" "')  # an empty string is refused like a missing one
-_SYSTEM: Final = msgspec.Raw(b'"system"')
 _USAGE_WANTED: Final = msgspec.Raw(b'{"include_usage":true}')
 _OUTPUT_FIELDS: Final = ("max_completion_tokens", "max_tokens")  # the first stands if both are sent
-_REASONING_FIELDS: Final = ("reasoning_content", "reasoning", "reasoning_details")
 
 
-def patch_request(body: bytes, head: Head, upstream: Upstream) -> bytes:
+def patch_request(body: bytes, head: Head, upstream: Upstream, recall: Recall | None = None) -> bytes:
     """See ``Dialect.patch_request``."""
     fields, fix = _read_fields(body), upstream.fix
     fields["model"] = msgspec.Raw(_encode(upstream.wire_model))
@@ -254,20 +247,20 @@ def patch_request(body: bytes, head: Head, upstream: Upstream) -> bytes:
     _patch_output(fields, upstream)
     _patch_options(fields, head, fix)
     _patch_tools(fields, head, fix)
-    _patch_messages(fields, fix)
+    chat_history.patch_messages(fields, head, upstream, recall)
     for name in fix.rejected_fields:
         fields.pop(name, None)
     return _encode(fields)
 
 
-def _read_fields(body: bytes) -> _Fields:
+def _read_fields(body: bytes) -> Fields:
     try:
         return _decode_fields(body)
     except JSON_ERRORS:
         return _decode_fields(mended(body))
 
 
-def _patch_stream(fields: _Fields, head: Head, fix: Fix) -> None:
+def _patch_stream(fields: Fields, head: Head, fix: Fix) -> None:
     if (bytes(fields.get("stream", _FALSE)) == b"true") != head.stream:
         fields["stream"] = _TRUE if head.stream else _FALSE
     if not head.stream or not fix.stream_usage:
@@ -280,7 +273,7 @@ def _patch_stream(fields: _Fields, head: Head, fix: Fix) -> None:
         fields["stream_options"] = msgspec.Raw(_encode(_decode_fields(options) | {"include_usage": _TRUE}))
 
 
-def _patch_output(fields: _Fields, upstream: Upstream) -> None:
+def _patch_output(fields: Fields, upstream: Upstream) -> None:
     """Clamp the output to what the model can give, under the name it knows. Nothing asked for stays nothing."""
     found = [name for name in _OUTPUT_FIELDS if bytes(fields.get(name, _NULL)) != b"null"]
     if not found:
@@ -293,7 +286,7 @@ def _patch_output(fields: _Fields, upstream: Upstream) -> None:
     fields[upstream.fix.max_tokens_field or found[0]] = msgspec.Raw(b"%d" % tokens)
 
 
-def _patch_options(fields: _Fields, head: Head, fix: Fix) -> None:
+def _patch_options(fields: Fields, head: Head, fix: Fix) -> None:
     if not fix.temperature:
         fields.pop("temperature", None)
     if not fix.parallel_tool_calls and head.tools:
@@ -312,10 +305,9 @@ class _Tool(msgspec.Struct, gc=False):
 
 _decode_tools: Final = msgspec.json.Decoder(list[_Tool]).decode
 _decode_list: Final = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_decode_objects: Final = msgspec.json.Decoder(list[_Fields]).decode
 
 
-def _patch_tools(fields: _Fields, head: Head, fix: Fix) -> None:
+def _patch_tools(fields: Fields, head: Head, fix: Fix) -> None:
     if not fix.unique_tool_names or not head.tools or "tools" not in fields:
         return
     try:
@@ -331,172 +323,3 @@ def _patch_tools(fields: _Fields, head: Head, fix: Fix) -> None:
         seen.add(name)
     if len(kept) < len(tools):
         fields["tools"] = msgspec.Raw(_encode(kept))
-
-
-def _is_null(value: msgspec.Raw) -> bool:
-    return len(value) == 4 and bytes(value) == b"null"
-
-
-def _is_string(value: msgspec.Raw) -> bool:
-    return memoryview(value)[0] == _STRING_START
-
-
-def _no_developer(message: _Fields) -> bool:
-    message["role"] = _SYSTEM
-    return True
-
-
-def _tool_content_as_string(message: _Fields) -> bool:
-    content = message.get("content", _NULL)
-    if _is_string(content):
-        return False
-    message["content"] = _EMPTY_STRING if _is_null(content) else msgspec.Raw(_encode(_joined_parts(bytes(content))))
-    return True
-
-
-class _TextPart(msgspec.Struct, gc=False):
-    type: str = ""
-    text: str | None = None
-
-
-def _joined_parts(content: bytes) -> str:
-    """Return the text of a list of parts; a part without text leaves its type, so that the model knows of it."""
-    try:
-        parts = msgspec.json.decode(content, type=list[_TextPart])
-    except msgspec.ValidationError:
-        return content.decode("utf-8", "replace")
-    return "".join(part.text if part.text is not None else f"[{part.type}]" for part in parts)
-
-
-def _no_null_content(message: _Fields) -> bool:
-    if not _is_null(message.get("content", _NULL)):
-        return False
-    message["content"] = _EMPTY_STRING
-    return True
-
-
-def _no_reasoning(message: _Fields) -> bool:
-    found = [name for name in _REASONING_FIELDS if name in message]
-    for name in found:
-        del message[name]
-    return bool(found)
-
-
-def _padded_reasoning(message: _Fields) -> bool:
-    if bytes(message.get("tool_calls", _NULL)) in (b"null", b"[]"):
-        return False
-    if _says_something(message.get("reasoning_content", _NULL)):
-        return False
-    other = message.get("reasoning", _NULL)  # the same text under its other name
-    message["reasoning_content"] = other if _says_something(other) else _BLANK_REASONING
-    return True
-
-
-def _says_something(value: msgspec.Raw) -> bool:
-    return _is_string(value) and len(value) > 2
-
-
-def _rewritten_calls(is_fine: Callable[[bytes], bool], rewrite: _Rewrite) -> _Rewrite:
-    """Return a rewrite of a message: ``rewrite`` applied to each of its tool calls, unless they are seen to be fine."""
-
-    def rewritten(message: _Fields) -> bool:
-        text = bytes(message.get("tool_calls", _NULL))
-        if is_fine(text):
-            return False
-        try:
-            calls = _decode_objects(text)
-        except msgspec.ValidationError:
-            return False
-        changed = [rewrite(call) for call in calls]
-        if any(changed):
-            message["tool_calls"] = msgspec.Raw(_encode(calls))
-        return any(changed)
-
-    return rewritten
-
-
-def _has_no_extra_content(calls: bytes) -> bool:
-    return b'"extra_content"' not in calls
-
-
-def _no_extra_content(call: _Fields) -> bool:
-    return call.pop("extra_content", None) is not None
-
-
-class _CalledFunction(msgspec.Struct, gc=False):
-    arguments: str
-
-
-class _CallMade(msgspec.Struct, gc=False):
-    function: _CalledFunction
-
-
-_decode_calls: Final = msgspec.json.Decoder(list[_CallMade] | None).decode
-
-
-def _has_strict_arguments(calls: bytes) -> bool:
-    try:
-        return all(_is_object(call.function.arguments) for call in _decode_calls(calls) or ())
-    except msgspec.ValidationError:
-        return False
-
-
-def _strict_arguments(call: _Fields) -> bool:
-    try:
-        function = _decode_fields(call.get("function", _NULL))
-    except msgspec.ValidationError:
-        return False
-    arguments = bytes(function.get("arguments", _NULL))
-    if arguments.startswith(b'"') and _is_object(msgspec.json.decode(arguments, type=str)):
-        return False
-    whole = arguments.startswith(b"{")
-    function["arguments"] = msgspec.Raw(_encode(arguments.decode())) if whole else _EMPTY_ARGUMENTS
-    call["function"] = msgspec.Raw(_encode(function))
-    return True
-
-
-def _is_object(text: str) -> bool:
-    try:
-        _decode_fields(text)
-    except JSON_ERRORS:
-        try:
-            return isinstance(json.loads(text), dict)
-        except (ValueError, RecursionError):
-            return False
-    return True
-
-
-_no_signatures: Final = _rewritten_calls(_has_no_extra_content, _no_extra_content)
-_only_strict_arguments: Final = _rewritten_calls(_has_strict_arguments, _strict_arguments)
-
-# (the fix asks for it, the role it is about, bytes without which it cannot apply, the rewrite)
-_REWRITES: Final[tuple[tuple[Callable[[Fix], bool], bytes, bytes, _Rewrite], ...]] = (
-    (lambda fix: fix.string_tool_content, b'"tool"', b'"tool"', _tool_content_as_string),
-    (lambda fix: not fix.null_content, b'"assistant"', b'"assistant"', _no_null_content),
-    (lambda fix: fix.strict_arguments, b'"assistant"', b'"tool_calls"', _only_strict_arguments),
-    (lambda fix: fix.reasoning_content == "reject", b'"assistant"', b'"reasoning', _no_reasoning),
-    (lambda fix: fix.reasoning_content == "require", b'"assistant"', b'"tool_calls"', _padded_reasoning),
-    (lambda fix: not fix.thought_signatures, b'"assistant"', b'"extra_content"', _no_signatures),
-    (lambda fix: not fix.developer_role, b'"developer"', b'"developer"', _no_developer),
-)
-
-
-def _patch_messages(fields: _Fields, fix: Fix) -> None:
-    wanted = [(role, needle, rewrite) for asks, role, needle, rewrite in _REWRITES if asks(fix)]
-    if not wanted:
-        return
-    text = bytes(fields["messages"])
-    if not any(needle in text for _, needle, _ in wanted):
-        return
-    rewrites: dict[bytes, list[_Rewrite]] = {}
-    for role, _, rewrite in wanted:
-        rewrites.setdefault(role, []).append(rewrite)
-    try:
-        messages = _decode_objects(text)
-        changed = [
-            rewrite(message) for message in messages for rewrite in rewrites.get(bytes(message.get("role", _NULL)), ())
-        ]
-    except JSON_ERRORS:
-        return  # not as messages are: the upstream will say so better
-    if any(changed):
-        fields["messages"] = msgspec.Raw(_encode(messages))

@@ -57,15 +57,12 @@ class Checked(msgspec.Struct, frozen=True):
 
 def check(name: str, arguments: str, schemas: Schemas) -> Checked:
     """Check one whole call. With no schemas at all (no tools offered, or unreadable) only the JSON is checked."""
-    if schemas and name not in schemas:
-        return Checked("unknown_tool")
     schema = schemas.get(name, {})
-    if not arguments.strip():
-        code = _misfit({}, schema)
-        return Checked(code) if code else Checked(repaired="{}")
-    value = _object(arguments)
+    blank = not arguments.strip()
+    value = {} if blank else _object(arguments)
     if value is not None:
-        return Checked(_misfit(value, schema))
+        unknown = schemas and name not in schemas
+        return Checked("unknown_tool" if unknown else _misfit(value, schema), repaired="{}" if blank else None)
     for candidate in _repairs(arguments) if schema else ():
         value = _object(candidate)
         if value is not None and not _misfit(value, schema):

@@ -158,7 +158,7 @@ IN_BAND_VERDICTS: dict[Outcome, Verdict] = {cause: _in_band(found) for cause, fo
 
 
 def verdict(failure: Failure) -> Verdict:
-    """The row of the table for this failure; an error inside a 200, and an answer nobody is to blame for, by its cause."""
+    """The row of the table for this failure; where a cause is named (errors inside a 200), that of the cause."""
     if failure.cause is not None:
         return IN_BAND_VERDICTS[failure.cause]
     return VERDICTS[failure.outcome]

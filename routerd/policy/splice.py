@@ -44,7 +44,6 @@ from routerd.canonical import (
     TextDelta,
     ToolDelta,
     ToolStart,
-    UsageReport,
 )
 
 Manner = Literal["prefill", "instructed", "rerun"]
@@ -174,7 +173,7 @@ class _Seam:
     def _repeated(self, text: str) -> int:
         """How many characters at the beginning of the text stand at the end of what was sent."""
         given = self._given
-        if text.startswith(given) and (len(given) >= OVERLAP_MIN or _ends_word(given, text)):
+        if text.startswith(given) and (_is_meant(given) or _ends_word(given, text)):
             return len(given)
         return overlap(self._end, text) if self._overlaps else 0
 
@@ -189,6 +188,11 @@ class _Seam:
         return rest[repeated:]
 
 
+def _is_meant(repeated: str) -> bool:
+    """True if it is long and varied enough not to be chance."""
+    return len(repeated) >= OVERLAP_MIN and len(set(filter(str.isalnum, repeated))) >= OVERLAP_VARIETY_MIN
+
+
 def _ends_word(given: str, text: str) -> bool:
     """True if so short a beginning is a word of its own in both: ``I`` and ``I will``, not ``ha`` and ``haha``."""
     return given[-1:].isalpha() and not text[len(given) : len(given) + 1].isalnum()
@@ -200,8 +204,7 @@ def overlap(sent: str, text: str) -> int:
     at = sent.find(start) if len(start) == OVERLAP_MIN else -1
     while at >= 0:
         if text.startswith(sent[at:]):
-            varied = len({character for character in sent[at:] if character.isalnum()}) >= OVERLAP_VARIETY_MIN
-            return len(sent) - at if varied else 0
+            return len(sent) - at if _is_meant(sent[at:]) else 0
         at = sent.find(start, at + 1)
     return 0
 

@@ -57,7 +57,7 @@ from routerd.canonical import (
 from routerd.policy.calls import BAD_ARGUMENTS, Schemas, check
 
 TEXT_CHARACTERS_MAX = 4 * 1024 * 1024  # of an answer's text kept for taking it up again
-THINKING_CHARACTERS_MAX = 1024 * 1024  # of an answer's thinking kept for its history
+THINKING_CHARACTERS_MAX = 1024 * 1024  # of a longer answer no thinking is kept
 HELD_BYTES_MAX = 16 * 1024 * 1024  # more held than this is no answer of a sane model
 
 EMPTY_ANSWER = "empty_answer"
@@ -93,13 +93,6 @@ class Call(msgspec.Struct):
     left_out: bool = False
 
 
-class _Thinking(msgspec.Struct):
-    """A block of thinking being collected."""
-
-    texts: list[str] = msgspec.field(default_factory=list)
-    signature: str = ""
-
-
 class Gate:
     """Holds an attempt's frames until they may go downstream."""
 
@@ -109,8 +102,8 @@ class Gate:
         "_held_bytes",
         "_open",
         "_schemas",
+        "_seals",
         "_thinking",
-        "_thinking_characters",
         "_whole",
         "altered",
         "calls",
@@ -142,8 +135,8 @@ class Gate:
         self._open = False  # frames pass as they come
         self._held: list[Frame] = []
         self._held_bytes = 0
-        self._thinking: dict[int, _Thinking] = {}
-        self._thinking_characters = 0
+        self._thinking: dict[int, list[str]] = {}  # by block, like its seals
+        self._seals: dict[int, str] = {}
         self.start: Start | None = None
         self.started = False  # content of any kind has arrived
         self.text = False
@@ -184,10 +177,13 @@ class Gate:
     def close(self) -> list[Frame]:
         """The upstream is at its end and the answer is whole: what is still held may go."""
         passed, self._held, self._held_bytes = self._held, [], 0
-        return [self._mended(frame) for frame in passed] if self.altered else passed
+        return list(filter(None, map(self._mended, passed))) if self.altered else passed
 
-    def _mended(self, frame: Frame) -> Frame:
-        """The frame with repaired arguments in place of the model's; without bytes, so that it is encoded anew."""
+    def _mended(self, frame: Frame) -> Frame | None:
+        """The frame with repaired arguments in place of the model's, or None if nothing of it is left.
+
+        A changed one has no bytes, so that it is encoded anew.
+        """
         if not any(type(event) in (ToolStart, ToolDelta) for event in frame.events):
             return frame
         calls = {call.index: call for call in self.calls}
@@ -198,13 +194,17 @@ class Gate:
                 events.append(event)
             elif isinstance(event, ToolStart) and call.repaired is not None:
                 events += (event, ToolDelta(event.index, call.repaired))
-        return Frame(b"", tuple(events))
+        if events == list(frame.events):
+            return frame
+        return Frame(b"", tuple(events)) if events else None
 
     def remembered(self, author: str) -> Remembered:
         """What a client may leave out when it sends this answer back as history."""
+        whole = self.characters <= THINKING_CHARACTERS_MAX
+        blocks = self._thinking.items() if whole else ()
         return Remembered(
             author,
-            tuple(Reasoning("".join(block.texts), block.signature) for block in self._thinking.values()),
+            tuple(Reasoning("".join(texts), self._seals.get(index, "")) for index, texts in blocks),
             self.finished.details if self.finished is not None else "",
             {call.id: call.signature for call in self.calls if call.signature and call.id},
         )
@@ -224,16 +224,13 @@ class Gate:
 
     def on_reasoning(self, event: ReasoningDelta) -> None:
         self._content(len(event.text))
-        self._thinking_characters += len(event.text)
-        if self._thinking_characters > THINKING_CHARACTERS_MAX:
-            self._thinking.clear()
-            return
-        block = self._thinking.get(event.index)
-        if block is None:
-            block = self._thinking[event.index] = _Thinking()
-        block.texts.append(event.text)
+        texts = self._thinking.get(event.index)
+        if texts is None:
+            texts = self._thinking[event.index] = []
+        if self.characters <= THINKING_CHARACTERS_MAX:
+            texts.append(event.text)
         if event.signature:
-            block.signature = event.signature
+            self._seals[event.index] = event.signature
 
     def _content(self, characters: int) -> None:
         self.characters += characters
@@ -261,8 +258,9 @@ class Gate:
     def on_finish(self, event: Finish) -> None:
         if self.calls:
             self._check_calls(cut=event.reason == "length")
-        if not self.calls and not self.text and event.reason in ("stop", "tool_calls"):
-            self._object_to(EMPTY_ANSWER)
+        empty = not self.calls and not self.text and event.reason in ("stop", "tool_calls")
+        if empty and EMPTY_ANSWER not in self._forgiven:
+            raise BadAnswer(EMPTY_ANSWER)
         self.finished = event
         self.progress = True
         self._open = not self._whole
@@ -273,19 +271,15 @@ class Gate:
             raise BadAnswer("nameless_call")
         for call in self.calls:
             checked = check(call.name, "".join(call.arguments), schemas)
-            if checked.code == BAD_ARGUMENTS:
-                self._object_to(CUT_CALL if cut else BAD_ARGUMENTS)
+            code = CUT_CALL if cut and checked.code == BAD_ARGUMENTS else checked.code
+            if code and code not in self._forgiven:
+                raise BadAnswer(code)
+            if code == CUT_CALL:
                 call.left_out = self.altered = True
-            elif checked.code:
-                self._object_to(checked.code)
-            elif checked.repaired is not None:
+            if checked.repaired is not None:
                 call.repaired = checked.repaired
                 self.altered = True
                 self.repairs += 1
-
-    def _object_to(self, code: str) -> None:
-        if code not in self._forgiven:
-            raise BadAnswer(code)
 
     def on_end(self, event: End) -> None:  # noqa: ARG002 - every fold has the same shape
         self.ended = True
@@ -337,7 +331,7 @@ class Transcript:
     @property
     def begun(self) -> bool:
         """True once anything at all of an answer is with the client."""
-        return self.start is not None or self.reasoning or self.committed
+        return self.start is not None or self.reasoning or self.calls > 0 or self._characters > 0
 
     @property
     def text(self) -> str | None:

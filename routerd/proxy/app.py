@@ -140,6 +140,7 @@ class App:
     async def _on_prepare(self, _request: web.Request, response: web.StreamResponse) -> None:
         if self.closing:
             response.force_close()
+            response.headers["Connection"] = "close"
 
     async def _accept(self, request: web.Request, dialect: Dialect, arrived: float) -> Arrival:
         """Steps one and two: what is asked, and of which route. Raises BadRequest."""

@@ -6,7 +6,10 @@ knows what it is waiting for. Only connecting has one here.
 
 Theory of operation
 -------------------
-RATIO
+Why not aiohttp's client, which serves everybody well: it would take a third of the whole proxy's CPU. A small request
+and its answer over loopback (uvloop, 16 at a time) cost it 70 us of CPU, and cost this 14, of which 8 go to the loop
+and the kernel whoever calls them. What is left out to get there is what an API call needs none of: redirects, cookies,
+proxies, streamed uploads, and new objects for every step of a request. Parsing is left to a library written in C.
 
 A ``Target`` is made once per upstream and key: everything of a request's head but its length is prepared bytes.
 

@@ -32,6 +32,8 @@ from routerd.telemetry import ExchangeRecord, Telemetry
 
 REFUSALS_MAX = 256  # per exchange: so many refusals, each cheap and quick, do not count as attempts
 ROUND_PAUSE_S = (0.5, 2.0, 5.0, 15.0)  # before everybody is tried again; the last value repeats
+PANIC_AFTER_S = 15.0  # with nobody else to ask, one whose breaker stays open for longer is tried again all the same
+TIMER_SLACK_S = 0.002  # the loop's timers count whole milliseconds, and may be early by one
 _MISFITS = frozenset({Code.UNSUPPORTED_FEATURE, Code.MODERATION})  # no later try and no other wording of ours helps
 
 
@@ -59,6 +61,7 @@ class Exchange:
         self._attempts_left = route.max_attempts
         self._waits_left_s = route.max_wait_s
         self._rounds = 0
+        self._round_over_at: float | None = None  # since when nobody is left to try in this round
         self._tried: set[LiveUpstream] = set()  # in this round
         self._unfit: set[LiveUpstream] = set()  # for this request, whatever the round
         self._failures: list[tuple[LiveUpstream, Failure]] = []
@@ -290,24 +293,32 @@ class Exchange:
 
     async def _wait(self, plan: Plan) -> bool:
         """Hold the request until somebody can serve it; True when that is hopeless and the client has been told."""
-        wait_s = plan.wait_s
-        if plan.all_tried:
-            wait_s = max(wait_s, ROUND_PAUSE_S[min(self._rounds, len(ROUND_PAUSE_S) - 1)])
+        began = self._clock()
+        wait_s = self._pause_s(plan, began) if plan.all_tried else plan.wait_s
         if wait_s > self._waits_left_s or self._attempts_left <= 0:
             if self._waited:
                 self._telemetry.recoveries.labels("wait", "failure").inc()
             await self._fail(self._nobody(plan, wait_s))
             return True
-        self._rounds += plan.all_tried
-        self._tried.clear()  # the wait, whatever it is for, is pause enough: nobody is left out after it
-        began = self._clock()
-        await self._pool.wait(self._arrival.route, self._arrival.at, wait_s, plan.reason)
+        await self._pool.wait(self._arrival.route, self._arrival.at, wait_s + TIMER_SLACK_S, plan.reason)
         waited_s = self._clock() - began
+        if waited_s >= wait_s:  # not woken before its time: that is pause enough, and nobody is left out after it
+            self._rounds += plan.all_tried
+            self._round_over_at = None
+            self._tried.clear()
         self._waited = True
         self._waits_left_s -= waited_s
         self.record.waited_s += waited_s
         self._telemetry.wait.labels(plan.reason).observe(waited_s)
         return False
+
+    def _pause_s(self, plan: Plan, now: float) -> float:
+        """How much longer to leave in peace those who have just failed."""
+        if self._round_over_at is None:
+            self._round_over_at = now
+        rested_s = now - self._round_over_at
+        pause_s = ROUND_PAUSE_S[min(self._rounds, len(ROUND_PAUSE_S) - 1)]
+        return max(0.0, pause_s - rested_s, min(plan.wait_s, PANIC_AFTER_S - rested_s))
 
     # --- endings ----------------------------------------------------------------------------------------------------
 

@@ -139,12 +139,13 @@ class Service:
         self._store = store
         self._telemetry = telemetry
         self._load = load or (lambda: config)
-        self._manager = manager or Manager()
+        self._manager = Manager() if manager is None else manager
         self._drain_s = drain_s
         self._stack = AsyncExitStack()
         self._servers: list[asyncio.Server] = []
         self._exposed: list[str] = []  # inherited addresses that other machines can reach
         self._hurry = asyncio.Event()
+        self._closing = False
         self._reload_wanted = False
         self._reloading: asyncio.Task[None] | None = None
         self._reload_failed = False
@@ -172,6 +173,13 @@ class Service:
     ) -> None:
         if kind is not None:
             self._hurry.set()
+        await self.close()
+
+    async def close(self) -> None:
+        """Drain and end. A second call does nothing."""
+        if self._closing:
+            return
+        self._closing = True
         try:
             await self._drain()
         finally:

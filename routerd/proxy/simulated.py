@@ -80,11 +80,15 @@ PLACES: tuple[Place, ...] = get_args(Place)
 
 
 class Call(msgspec.Struct, frozen=True):
-    """A tool call. ``arguments`` is JSON text, sent as it stands. Without an ``id`` a fresh one is made."""
+    """A tool call. ``arguments`` is JSON text, sent as it stands. Without an ``id`` a fresh one is made.
+
+    ``signature``: JSON that is sent as the call's ``extra_content``.
+    """
 
     name: str
     arguments: str = "{}"
     id: str = ""
+    signature: str = ""
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -385,7 +389,7 @@ def _calls(answer: Answer, chat: Chat, place: Place | None) -> tuple[Call, ...]:
         calls = () if function is None else (_call_of(function),) * count
     else:
         calls = answer.calls
-    return tuple(call if call.id else Call(call.name, call.arguments, f"call_{uuid.uuid4().hex}") for call in calls)
+    return tuple(call if call.id else msgspec.structs.replace(call, id=f"call_{uuid.uuid4().hex}") for call in calls)
 
 
 def _wanted_function(chat: Chat) -> Function | None:
@@ -539,13 +543,17 @@ class Streamed:
     def _call(self, index: int, call: Call, piece: int) -> None:
         if index == 1:
             self.marks["between_calls"] = len(self.events)
-        function = {"name": call.name, "arguments": ""}
-        self._say({"tool_calls": [{"index": index, "id": call.id, "type": "function", "function": function}]})
+        self._say({"tool_calls": [{"index": index} | _wire_call(call, "")]})
         self._pieces(
             "mid_call",
             pieces(call.arguments, piece),
             lambda text: {"tool_calls": [{"index": index, "function": {"arguments": text}}]},
         )
+
+
+def _wire_call(call: Call, arguments: str) -> dict[str, Any]:
+    seal = {"extra_content": orjson.loads(call.signature)} if call.signature else {}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}} | seal
 
 
 def whole(said: Said, answer: Answer) -> bytes:
@@ -554,10 +562,7 @@ def whole(said: Said, answer: Answer) -> bytes:
     if said.reasoning:
         message[answer.reasoning_field] = said.reasoning
     if said.calls:
-        message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in said.calls
-        ]
+        message["tool_calls"] = [_wire_call(call, call.arguments) for call in said.calls]
     choice = {"index": 0, "message": message, "finish_reason": said.finish}
     envelope = {"id": said.id, "object": "chat.completion", "created": said.created, "model": said.model}
     return orjson.dumps(envelope | {"choices": [choice], "usage": wire_usage(said.usage)})

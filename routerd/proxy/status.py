@@ -187,7 +187,7 @@ def snapshot(config: Config, pool: Pool, telemetry: Telemetry, moment: Moment, *
         quotas=_quotas(pool, moment),
         today=_today(telemetry, moment),
         failovers=tuple(_failovers(telemetry)),
-        warnings=_warnings(config, pool),
+        warnings=tuple(_warnings(config, pool, telemetry)),
     )
 
 
@@ -199,7 +199,11 @@ def _route(route: LiveRoute, moment: Moment, *, configured: bool) -> RouteStatus
     return RouteStatus(
         route.name,
         configured,
-        "serving" if tiers and tiers[0].admissible else "fallback" if any(tier.admissible for tier in tiers) else "down",
+        "serving"
+        if tiers and tiers[0].admissible
+        else "fallback"
+        if any(tier.admissible for tier in tiers)
+        else "down",
         tiers,
         _waiting(route, moment),
         _budget(route, moment),
@@ -343,8 +347,10 @@ def _failovers(telemetry: Telemetry) -> Iterable[Failover]:
     return (Failover(*msgspec.structs.astuple(one)) for one in reversed(telemetry.handovers))
 
 
-def _warnings(config: Config, pool: Pool) -> tuple[Warning, ...]:
-    return (
-        *(Warning("state", sentence) for sentence in pool.store_warnings),
-        *(Warning(problem.path, problem.message) for problem in config.warnings),
-    )
+def _warnings(config: Config, pool: Pool, telemetry: Telemetry) -> Iterable[Warning]:
+    if telemetry.config_refused:
+        yield Warning("", "the config file was changed and is bad: the one before it is still in force (see the log)")
+    for sentence in pool.store_warnings:
+        yield Warning("state", sentence)
+    for problem in config.warnings:
+        yield Warning(problem.path, problem.message)

@@ -108,9 +108,3 @@ def totals(database: sqlite3.Connection, since: float, by: Sequence[Column]) -> 
         FROM ledger WHERE wall >= ? GROUP BY {places} ORDER BY {places}
     """  # noqa: S608 - columns come from the table above
     return [Total(tuple(row[: len(by)]), *row[len(by) :]) for row in database.execute(query, (since,))]
-
-
-def reach(database: sqlite3.Connection) -> float | None:
-    """When the oldest entry was made; None if there is none."""
-    (wall,) = database.execute("SELECT min(wall) FROM ledger").fetchone()
-    return None if wall is None else float(wall)

@@ -30,7 +30,7 @@ from routerd.canonical import (
     UsageReport,
 )
 from routerd.dialects import Stamp
-from routerd.dialects.chat import DIALECT
+from routerd.dialects.chat import DETAILS_BYTES_MAX, DIALECT
 from tests.dialects.streams import RECORDINGS, STAMP, decode, encode, events_of, feed, raw_of
 
 DONE = b"data: [DONE]\n\n"
@@ -103,7 +103,7 @@ def test_comments() -> None:
         ReasoningDelta(0, " greets."),
         TextDelta(0, "Hello"),
         TextDelta(0, " there."),
-        Finish("stop"),
+        Finish("stop", '[{"type":"reasoning.text","text":"The user greets.","format":"unknown","index":0}]'),
         UsageReport(Usage(311, 256, 24, 11, 0.00015622)),
         End(),
     ] == events_of(frames)
@@ -137,7 +137,7 @@ def test_reasoning_content() -> None:
 def test_calls_without_index() -> None:
     """Gemini: whole calls without an index, a ``stop`` after them, thinking counted only in the total."""
     assert [
-        ToolStart(0, "function-call-1", "terminal"),
+        ToolStart(0, "function-call-1", "terminal", '{"google":{"thought_signature":"CpwBAdHtim"}}'),
         ToolDelta(0, '{"command":"ls"}'),
         ToolStart(1, "function-call-2", "read_file"),
         ToolDelta(1, '{"path":"README.md"}'),
@@ -713,6 +713,97 @@ def test_body_without_finish() -> None:
     """A whole answer too needs the model's finish."""
     with pytest.raises(UpstreamTruncated):
         DIALECT.decode_body(completion_body({"content": "a"}, None))
+
+
+# --- seals ------------------------------------------------------------------------------------------------------------
+
+SEAL = '{"google":{"thought_signature":"CpwB+/=="}}'
+
+
+def thought(text: str = "", **fields: Any) -> dict[str, Any]:
+    """A piece of thinking as OpenRouter sends it."""
+    return {"type": "reasoning.text", "text": text, "format": "anthropic-claude-v1", "index": 0} | fields
+
+
+def details(*pieces: list[dict[str, Any]] | object) -> Any:
+    """The sealed thinking of an answer that came in these pieces."""
+    chunks = [chunk({"reasoning_details": piece}) for piece in pieces]
+    finish = read(*chunks, chunk(call(index=0, id="a", name="f"), "tool_calls"))[-1]
+    assert type(finish) is Finish
+    return json.loads(finish.details or "null")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "joined"),
+    [
+        (([thought("a b")],), [thought("a b")]),
+        (([thought("a")], [thought(" b")], [thought("", signature="E")]), [thought("a b", signature="E")]),
+        (([thought("a", signature=None)], [thought("b", signature="E")]), [thought("ab", signature="E")]),
+        (([{"type": "reasoning.text", "signature": "E"}], []), [{"type": "reasoning.text", "signature": "E"}]),
+        (([thought("a")], [thought("b", index=1)]), [thought("a"), thought("b", index=1)]),
+        (
+            ([{"type": "reasoning.summary", "summary": "a"}], [{"type": "reasoning.summary", "summary": "b"}]),
+            [{"type": "reasoning.summary", "summary": "ab"}],
+        ),
+        (
+            ([{"type": "reasoning.encrypted", "data": "A"}], [{"type": "reasoning.encrypted", "data": "B"}]),
+            [{"type": "reasoning.encrypted", "data": "A"}, {"type": "reasoning.encrypted", "data": "B"}],
+        ),
+        (
+            ([thought("a"), {"type": "reasoning.encrypted", "data": "A"}],) * 2,
+            [thought("a"), {"type": "reasoning.encrypted", "data": "A"}] * 2,
+        ),
+        (([{"type": ["odd"]}], [{"n": 1.5}]), [{"type": ["odd"]}, {"n": 1.5}]),
+        (([thought("\ud83d")],), [thought("\ufffd")]),
+    ],
+)
+def test_sealed_thinking(pieces: Any, joined: Any) -> None:
+    """OpenRouter: pieces of one text are joined, with the seal that comes last; anything else stays as it is."""
+    assert joined == details(*pieces)
+
+
+@pytest.mark.parametrize("pieces", [(), ([],), (None, []), ("x", {"text": "a"}), ([1], [2])])
+def test_no_sealed_thinking(pieces: Any) -> None:
+    """What is no list of objects is left out, and costs nothing else."""
+    assert details(*pieces) is None
+
+
+def test_sealed_thinking_beside_text() -> None:
+    """A seal that comes with text is not missed, an empty list is not taken for one."""
+    sealed = [{"type": "reasoning.encrypted", "data": "A"}]
+    stream = chunk({"content": "a", "reasoning_details": []}), chunk({"content": "b", "reasoning_details": sealed})
+
+    assert [TextDelta(0, "a"), TextDelta(0, "b"), Finish("stop", json.dumps(sealed))] == read(
+        *stream, chunk(finish="stop")
+    )
+
+
+def test_sealed_thinking_is_bounded() -> None:
+    """Of more than anybody would send back nothing is kept."""
+    piece = [thought("x" * (DETAILS_BYTES_MAX // 4))]
+
+    assert details(*[piece] * 3) is not None
+    assert details(*[piece] * 5) is None
+
+
+@pytest.mark.parametrize(("extra", "signature"), [({"s": "x"}, '{"s": "x"}'), (None, ""), ([1], ""), ("x", "")])
+def test_sealed_call(extra: object, signature: str) -> None:
+    """Gemini: a call's seal comes with its id and name, and is kept byte for byte."""
+    assert read(chunk(call(index=0, id="a", name="f", extra_content=extra))) == [ToolStart(0, "a", "f", signature)]
+
+
+def test_seals_reach_clients() -> None:
+    """An answer that is written anew, as a stream or whole, has its seals where the vendor had them."""
+    sealed = json.dumps([thought("a", signature="E")])
+    events: list[Event] = [START, ToolStart(0, "a", "f", SEAL), ToolDelta(0, "{}"), Finish("tool_calls", sealed)]
+    message = json.loads(DIALECT.encode_body(events, STAMP))["choices"][0]["message"]
+
+    assert events[1:] == events_of(decode(DIALECT, encode(DIALECT, events)))[1:]
+    assert (json.loads(SEAL), json.loads(sealed)) == (
+        message["tool_calls"][0]["extra_content"],
+        message["reasoning_details"],
+    )
+    assert events == DIALECT.decode_body(DIALECT.encode_body(events, Stamp("c", "m", 0)))[:-1]
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ CALL = {"id": "call_a", "type": "function", "function": {"name": "terminal", "ar
 CALLING = {"role": "assistant", "content": "ok", "tool_calls": [CALL]}
 RESULT = {"role": "tool", "tool_call_id": "call_a", "name": "terminal", "content": "a b"}
 TOOL = {"type": "function", "function": {"name": "terminal", "parameters": {}}}
-PLAIN = Fix(thought_signatures=True)  # changes nothing
+PLAIN = Fix(thought_signatures=True, reasoning_details=True)  # changes nothing
 
 
 def body(*messages: dict[str, Any], **fields: Any) -> bytes:
@@ -454,7 +454,7 @@ def test_reasoning_rejected() -> None:
     odd = USER | {"reasoning": "mine"}
 
     assert [odd, CALLING] == patched_messages(Fix(reasoning_content="reject"), odd, thought)
-    assert [odd, thought] == patched_messages(Fix(reasoning_content="keep"), odd, thought)
+    assert [odd, thought] == patched_messages(PLAIN, odd, thought)
 
 
 @pytest.mark.parametrize(
@@ -463,6 +463,7 @@ def test_reasoning_rejected() -> None:
         ({}, {"reasoning_content": " "}),
         ({"reasoning_content": ""}, {"reasoning_content": " "}),
         ({"reasoning_content": None}, {"reasoning_content": " "}),
+        ({"reasoning_content": " "}, {"reasoning_content": " "}),
         ({"reasoning_content": "so"}, {"reasoning_content": "so"}),
         ({"reasoning": "so"}, {"reasoning": "so", "reasoning_content": "so"}),
         ({"reasoning": ""}, {"reasoning": "", "reasoning_content": " "}),

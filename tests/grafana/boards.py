@@ -13,6 +13,7 @@ FOLDER = Path(grafana.__file__).parent
 DASHBOARDS = FOLDER / "dashboards"
 RULES = FOLDER / "prometheus" / "rules.yml"
 METRIC = re.compile(r"\b(?:routerd|gen_ai|process)_[a-z_]+\b(?=\{|\[|\)| |$)")
+GROUPING = re.compile(r"\b(by|on|group_left|without) ?\([^)]*\)")
 VARIABLES = {
     "$__rate_interval": "5s",
     "$__range": "60s",
@@ -45,7 +46,7 @@ def queries(panel: Any, where: str = "") -> list[Query]:
     return [Query(f"{where} {one['refId']}", filled(one["expr"]), one["instant"]) for one in panel["targets"]]
 
 
-def annotations() -> dict[str, str]:
+def annotation_counts() -> dict[str, str]:
     """The count behind each annotation; Grafana marks where it is above zero."""
     found = (one for dashboard in dashboards().values() for one in dashboard["annotations"]["list"])
     return {one["name"]: filled(one["expr"]).removesuffix(" > 0") for one in found}
@@ -73,4 +74,4 @@ def filled(expr: str) -> str:
 
 def metrics_in(expr: str) -> set[str]:
     """The daemon's metrics that an expression names."""
-    return set(METRIC.findall(expr))
+    return set(METRIC.findall(GROUPING.sub("", expr)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -57,7 +58,7 @@ class Prometheus:
 
     async def over_time(self, expr: str) -> list[Series]:
         """The series an expression gives over the last minute."""
-        until = await self.value("time()")
+        until = await self.value("vector(time())")
         data = await self._get("query_range", query=expr, start=str(until - SHOWN_S), end=str(until), step="1")
         return list(data["result"])
 
@@ -92,7 +93,8 @@ async def prometheus(target_url: str, folder: Path) -> AsyncIterator[Prometheus]
             await server.until(lambda: server.value("count_over_time(routerd_build_info[1m]) >= 2"))
             yield server
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
         await process.wait()
 
 

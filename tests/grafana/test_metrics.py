@@ -65,7 +65,7 @@ async def _series(url: str) -> dict[str, frozenset[str]]:
 
 async def test_names_and_labels(upstreams: Upstreams, tmp_path: Path) -> None:
     """After one answered request each documented metric is there, with exactly the documented labels."""
-    named = {line.split()[0]: set(line.split()[1:]) for line in NAMES.strip().splitlines()}
+    named = {line.split()[0]: frozenset(line.split()[1:]) for line in NAMES.strip().splitlines()}
     text = config_text(
         {"a": await upstreams(), "b": await upstreams()}, extra=SIMPLE, more='budget = { usd = 1, per = "day" }'
     ).replace('models = ["a/model", "b/model"]', 'models = [["a/model", "b/model"]]')

@@ -243,7 +243,7 @@ async def test_names_a_client_may_use(name: str, upstreams: Upstreams, tmp_path:
 async def test_pinned_model_stays_where_it_is_pinned(upstreams: Upstreams, tmp_path: Path) -> None:
     """Who names a provider wants that one: its failure is told, not hidden by another's answer."""
     faulty, other = await upstreams(Turn(fault=Fault("status", status=500))), await upstreams()
-    async with daemon(config_text({"a": faulty, "b": other}, defaults="max_attempts = 1"), tmp_path) as served:
+    async with daemon(config_text({"a": faulty, "b": other}, defaults='max_wait = "0s"'), tmp_path) as served:
         heard = await hear(served.url, HELLO | {"model": f"a/{MODEL}"})
 
         assert heard.status == 503
@@ -375,7 +375,7 @@ async def test_secrets_are_nowhere(upstreams: Upstreams, tmp_path: Path) -> None
     """Neither keys nor tokens nor what was said show in any answer, in the log or in the metrics."""
     upstream: ScriptedUpstream = await upstreams(Turn(fault=Fault("status", status=401)))
     private = "a prompt that is nobody's business"
-    async with daemon(guarded({"a": upstream}, defaults="max_attempts = 1"), tmp_path) as served:
+    async with daemon(guarded({"a": upstream}, defaults='max_wait = "0s"'), tmp_path) as served:
         asked = HELLO | {"messages": [{"role": "user", "content": private}]}
         answers: list[Heard] = [await hear(served.url, asked, headers=BEARER), await hear(served.url, asked)]
         answers += [await get(served.url, path) for path in (*OPEN_ON_LOOPBACK, "/nothing")]

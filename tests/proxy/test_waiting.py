@@ -170,14 +170,24 @@ async def test_giving_up_after_signs_of_life(upstreams: Upstreams, tmp_path: Pat
 
 
 async def test_attempts_are_bounded(upstreams: Upstreams, tmp_path: Path) -> None:
-    """However patient the config, an exchange makes only so many attempts."""
-    upstream = await upstreams(limited(0.05))
-    async with daemon(config_text({"a": upstream}, defaults="max_attempts = 4"), tmp_path) as served:
+    """However patient the config, an exchange lets models work for nothing only so many times."""
+    upstream = await upstreams(Turn(fault=Fault("empty_content")))
+    async with daemon(config_text({"a": upstream}, defaults="max_attempts = 3"), tmp_path) as served:
         heard = await hear(served.url)
 
-        assert heard.status == 429
-        assert len(upstream.requests) == 4
-        assert served.metric("routerd_attempts_total", provider="a", model=MODEL, outcome="rate_limited") == 4
+        assert heard.status == 503
+        assert len(upstream.requests) == 3
+        assert served.metric("routerd_attempts_total", provider="a", model=MODEL, outcome="malformed") == 3
+
+
+async def test_refusals_cost_patience_only(upstreams: Upstreams, tmp_path: Path) -> None:
+    """What was turned away at once has cost nothing: it is tried again as long as waiting is allowed."""
+    upstream = await upstreams(*[limited(0.1)] * 5, Turn())
+    async with daemon(config_text({"a": upstream}, defaults="max_attempts = 2"), tmp_path) as served:
+        heard = await hear(served.url)
+
+        assert heard.status == 200
+        assert served.metric("routerd_attempts_total", provider="a", model=MODEL, outcome="rate_limited") == 5
 
 
 async def test_no_patience_at_all_still_goes_elsewhere(upstreams: Upstreams, tmp_path: Path) -> None:
