@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint bench format clean lock
+.PHONY: dashboards run test lint bench format clean lock
 
 run: $(VENV)/.run  ## start routerd on 127.0.0.1:8080
 	$(BIN)/routerd serve
 
 test: $(VENV)/.test  ## the whole suite; what cannot run here is skipped by name
+	-@$(BIN)/python -m tests.hermes_rig  # its own venv; without it the Hermes tests are skipped by name
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.test
@@ -18,6 +19,9 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test  ## side by side with nginx and LiteLLM; ARGS=--quick for the short one
 	$(BIN)/python -m tests.bench $(ARGS)
+
+dashboards: $(VENV)/.test  ## write grafana/dashboards anew from grafana/*.py
+	$(BIN)/python -m grafana.build
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

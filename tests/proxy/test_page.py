@@ -129,7 +129,7 @@ async def test_trouble_is_shown_with_its_reasons(tmp_path: Path) -> None:
         await page.until("document.querySelector('#verdict').innerText.includes('down: night, alone; 3 waiting')")
 
         await _says(page, "routes", "auto", "fallback only", "✕broken/large", "fine/large", " of $0.001 left")
-        await _says(page, "routes", "night", "down", "next try in 5", "longest wait")
+        await _says(page, "routes", "night", "down", "next try in ", "longest wait")
         await _says(page, "routes", "alone", "down")
         await _says(page, "upstreams", "large\nbroken", "breaker open", "next try in ")
         await _says(page, "upstreams", "medium", "breaker open", "its key, for all models")

@@ -307,11 +307,10 @@ async def test_first_answers_after_recovery_are_few(upstreams: Upstreams, tmp_pa
     """An upstream that has just come back gets a part of its share at first, so that it is not run over."""
     back: ScriptedUpstream = await upstreams(BAD, Turn())
     steady: ScriptedUpstream = await upstreams()
-    touchy = TOUCHY.replace("failures = 1", "failures = 1, slow_start_successes = 1000")
+    touchy = TOUCHY.replace("failures = 1", "failures = 1, slow_start_successes = 1000") + '\nmax_wait = "0s"'
     text = one_tier({"a": back, "b": steady}, defaults=touchy)
     async with daemon(text, tmp_path) as served:
-        while not back.requests:
-            await hear(served.url)
+        await hear(served.url, HELLO | {"model": f"a/{MODEL}"})
         await asyncio.sleep(OPEN_S)
         await hear(served.url)  # the probe
         before = len(back.requests), len(steady.requests)
