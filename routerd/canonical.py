@@ -417,6 +417,11 @@ class Upstream(msgspec.Struct, frozen=True):
     tools: bool = True
     images: bool = False
     fix: Fix = Fix()
+    fixes: tuple[tuple[str, Fix], ...] = ()  # by dialect, where it differs
+
+    def in_dialect(self, dialect: str) -> Upstream:
+        """The same upstream as it is reached in this dialect."""
+        return msgspec.structs.replace(self, dialect=dialect, fix=dict(self.fixes).get(dialect, self.fix))
 
     @property
     def author(self) -> str:

@@ -139,7 +139,8 @@ class Defaults(msgspec.Struct, frozen=True):
 class ProviderConfig(msgspec.Struct, frozen=True):
     """An account at a vendor. ``upstreams`` holds every key x model, ``simulated`` the script of a simulated one.
 
-    ``base_urls`` maps a dialect to the URL its path is appended to; empty for a simulated provider.
+    ``base_urls`` maps a dialect to the URL its path is appended to; empty for a simulated provider. ``dialect_auth``
+    says where another header than ``auth`` holds the key.
     """
 
     name: str
@@ -153,6 +154,7 @@ class ProviderConfig(msgspec.Struct, frozen=True):
     default_model: str
     first_token_timeout_s: float
     stall_timeout_s: float
+    dialect_auth: dict[str, catalog.Auth] = {}
     simulated: tuple[str, ...] | None = None
 
 
@@ -868,6 +870,7 @@ class _Providers:
             base_urls=base_urls,
             keys=keys,
             auth=table.read("auth", _choice(get_args(catalog.Auth)), preset.auth if preset else "bearer"),
+            dialect_auth=_dialect_auth(table, preset),
             headers=self._read_headers(table, preset),
             limits=limits,
             upstreams=_upstreams(name, len(keys), _dialect(base_urls), offered, preset),
@@ -1113,8 +1116,18 @@ class _Providers:
 _DIALECT_NAMES = ("chat", "responses", "messages")
 
 
+def _dialect_auth(table: _Table, preset: catalog.Provider | None) -> dict[str, catalog.Auth]:
+    """Who says how the key is sent means all dialects; else each has the header its own vendor made it with."""
+    if "auth" in table:
+        return {}
+    usual: dict[str, catalog.Auth] = {
+        name: "x-api-key" for name, dialect in DIALECTS.items() if dialect.key_header == "x-api-key"
+    }
+    return usual | (preset.dialect_auth if preset else {})
+
+
 def _dialect(base_urls: Mapping[str, str]) -> str:
-    """The one requests are sent in: chat if it is spoken, else the first that can be."""
+    """The one requests are sent in that the provider cannot take as they come: chat if it is spoken."""
     routable = [dialect for dialect in ("chat", *base_urls) if dialect in base_urls and dialect in DIALECTS]
     return routable[0] if routable else "chat"
 
@@ -1144,7 +1157,8 @@ def _read_price(table: _Table, base: Price) -> Price:
 def _upstreams(
     provider: str, keys: int, dialect: str, offered: Sequence[_Offered], preset: catalog.Provider | None
 ) -> tuple[Upstream, ...]:
-    fixes = [preset.fix_for(model.wire_model) if preset else CUSTOM_FIX for model in offered]
+    fixes = [preset.fix_for(model.wire_model, dialect) if preset else CUSTOM_FIX for model in offered]
+    names = DIALECTS if preset and preset.dialect_fix else ()
     return tuple(
         Upstream(
             provider=provider,
@@ -1158,6 +1172,7 @@ def _upstreams(
             tools=model.tools,
             images=model.images,
             fix=fix,
+            fixes=tuple((name, preset.fix_for(model.wire_model, name)) for name in names) if preset else (),
         )
         for model, fix in zip(offered, fixes, strict=True)
         for key in range(keys)

@@ -114,6 +114,7 @@ class ExchangeRecord(msgspec.Struct):
     overhead_s: float | None = None
     first_content_s: float | None = None
     waited_s: float = 0.0
+    dropped: list[str] = msgspec.field(default_factory=list)  # features that another dialect could not carry
     repairs: int = 0  # tool calls whose arguments were put right
     prompt_tokens: int = 0
     attempts: list[AttemptRecord] = msgspec.field(default_factory=list)
@@ -606,6 +607,8 @@ def _optional_fields(record: ExchangeRecord) -> Iterator[tuple[str, Any]]:
         yield "waited_s", round(record.waited_s, 3)
     if record.repairs:
         yield "repairs", record.repairs
+    if record.dropped:
+        yield "dropped", record.dropped
     if usage is not None:
         yield "input_tokens", usage.input_tokens
         yield "cached_tokens", usage.cached_tokens

@@ -73,8 +73,10 @@ class Provider(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A vendor's account as it comes out of the box.
 
     ``base_urls`` maps a dialect to the URL its path (``/chat/completions``, ``/responses``, ``/messages``) is appended
-    to. ``vendor`` names the hooks that know its quirks, if it has any; usually the id. ``dynamic``: its models are the
-    user's to list. No ``api_key_env``: a local server that needs no key. ``retired``: why it is of no use any more.
+    to. ``dialect_auth`` and ``dialect_fix`` hold what differs from ``auth`` and ``fix`` in one of them; without the
+    former, Messages takes its keys as its own vendor does. ``vendor`` names the hooks that know its quirks, if it has
+    any; usually the id. ``dynamic``: its models are the user's to list. No ``api_key_env``: a local server that needs
+    no key. ``retired``: why it is of no use any more.
     """
 
     id: str
@@ -84,6 +86,7 @@ class Provider(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vendor: str = ""
     api_key_env: tuple[str, ...] = ()
     auth: Auth = "bearer"
+    dialect_auth: dict[str, Auth] = {}
     headers: dict[str, str] = {}
     default_model: str = ""
     dynamic: bool = False
@@ -91,15 +94,17 @@ class Provider(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     first_token_timeout_s: float | None = None
     fix: dict[str, Any] = {}
     fix_models: tuple[ModelFix, ...] = ()
+    dialect_fix: dict[str, dict[str, Any]] = {}
     limits: tuple[Rule, ...] = ()
     free_tier: FreeTier | None = None
 
-    def fix_for(self, wire_model: str) -> Fix:
-        """What this provider demands of a request for that model; later entries win."""
+    def fix_for(self, wire_model: str, dialect: str = "") -> Fix:
+        """What this provider demands of a request for that model; later entries win, and the dialect's own over all."""
         values = dict(self.fix)
         for entry in self.fix_models:
             if any(fnmatchcase(wire_model, pattern) for pattern in entry.models):
                 values.update(entry.fix)
+        values.update(self.dialect_fix.get(dialect, {}))
         return msgspec.convert(values, Fix)
 
 

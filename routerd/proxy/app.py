@@ -71,6 +71,8 @@ class App:
         for dialect in DIALECTS.values():
             for path in dialect.paths:
                 app.router.add_post(path, self._exchange_handler(dialect))
+            for path in dialect.count_paths:
+                app.router.add_post(path, self._count_handler(dialect))
         for path, handler in self._small_answers().items():
             app.router.add_get(path, handler)
         app.router.add_route("*", "/{path:.*}", self._not_found)
@@ -104,6 +106,22 @@ class App:
                 return self._refuse(dialect, error.failure, arrived)
             finally:
                 self._open -= 1
+
+        return handle
+
+    def _count_handler(self, dialect: Dialect) -> Handler:
+        """How many tokens a request has, by our own estimate: no upstream is asked."""
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            arrived = time.monotonic()
+            failure = self._guard.check(request)
+            if failure is not None:
+                return self._refuse(dialect, failure, arrived)
+            try:
+                head = dialect.read_head(await self._read(request))
+            except BadRequest as error:
+                return self._refuse(dialect, error.failure, arrived)
+            return web.Response(body=dialect.encode_count(head), content_type=JSON_TYPE)
 
         return handle
 
@@ -144,12 +162,7 @@ class App:
 
     async def _accept(self, request: web.Request, dialect: Dialect, arrived: float) -> Arrival:
         """Steps one and two: what is asked, and of which route. Raises BadRequest."""
-        try:
-            body = await request.read()
-        except web.HTTPRequestEntityTooLarge as error:
-            limit = self.config.server.max_body_bytes
-            detail = f"the request body is larger than server.max_body ({limit} bytes)"
-            raise BadRequest(detail, status=413, code="request_too_large") from error
+        body = await self._read(request)
         head = dialect.read_head(body)
         if not self.config.providers:
             detail = "no provider is configured yet: add one to the configuration and reload"
@@ -158,6 +171,14 @@ class App:
         if route is None:
             raise BadRequest(self._unknown_model(head.model), status=404, code="model_not_found")
         return Arrival(request, dialect, body, head, route, next(self._ids), arrived)
+
+    async def _read(self, request: web.Request) -> bytes:
+        try:
+            return await request.read()
+        except web.HTTPRequestEntityTooLarge as error:
+            limit = self.config.server.max_body_bytes
+            detail = f"the request body is larger than server.max_body ({limit} bytes)"
+            raise BadRequest(detail, status=413, code="request_too_large") from error
 
     def _unknown_model(self, name: str) -> str:
         near = ", ".join(self.config.near(name)[:NEAR_NAMES_MAX])

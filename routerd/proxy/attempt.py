@@ -88,7 +88,6 @@ class Attempt:
         self,
         pool: Pool,
         ticket: Ticket,
-        dialect: Dialect,
         sink: Sink,
         gate: Gate,
         *,
@@ -106,7 +105,7 @@ class Attempt:
         self.refused = False  # the upstream never began to answer, and said so at once: it cost nothing
         self._last_at = 0.0
         self._pool = pool
-        self._dialect = dialect
+        self._dialect: Dialect = ticket.face.dialect
         self._sink = sink
         self._splice = splice
         self._hide_usage = hide_usage
@@ -140,7 +139,7 @@ class Attempt:
 
     async def _relay(self, reply: Reply, watchdog: asyncio.Timeout) -> None:
         feed, gate = self._dialect.decoder(), self.gate
-        self._sink.begin_attempt()
+        self._sink.begin_attempt(self._dialect)
         while data := await reply.read():
             frames = await self._admit(feed.feed(data))
             if gate.progress:

@@ -67,6 +67,7 @@ _FRAMING = {
     "transfer-encoding",
     "upgrade",
 }
+_LENGTH = b"Content-Length: "
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
@@ -92,7 +93,19 @@ class Target:
             raise ValueError(f"set by the client itself: {', '.join(sorted(own.keys() & _FRAMING))}")
         fixed = {name.lower(): (name, value) for name, value in {**_FIXED, "Host": _authority(parts)}.items()}
         lines = [f"POST {_path(parts)} HTTP/1.1", *(_line(*header) for header in {**fixed, **own}.values())]
-        self.head = "\r\n".join([*lines, "Content-Length: "]).encode("latin-1")
+        self.head = "\r\n".join([*lines, ""]).encode("latin-1") + _LENGTH
+
+    def extended(self, headers: Mapping[str, str]) -> Target:
+        """The same with more headers, for one request. Those that do not fit on a line are left out."""
+        target = Target.__new__(Target)
+        target.origin = self.origin
+        lines = [
+            f"{name}: {value.strip()}\r\n"
+            for name, value in headers.items()
+            if _NAME.fullmatch(name) and _VALUE.fullmatch(value)
+        ]
+        target.head = self.head.removesuffix(_LENGTH) + "".join(lines).encode("latin-1") + _LENGTH
+        return target
 
     def __repr__(self) -> str:
         return f"<Target {self.origin.host}:{self.origin.port}>"

@@ -14,7 +14,7 @@ Rules
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -50,8 +50,8 @@ class Sink(Protocol):
     def committed(self) -> bool:
         """True once something was sent that cannot be unsaid."""
 
-    def begin_attempt(self) -> None:
-        """A new upstream's frames follow."""
+    def begin_attempt(self, dialect: Dialect) -> None:
+        """A new upstream's frames follow, in its own dialect."""
 
     async def send(self, frames: list[Frame]) -> None:
         """Take whole frames. Raises ``ClientGone``."""
@@ -73,7 +73,7 @@ class Collector:
     def committed(self) -> bool:
         return False
 
-    def begin_attempt(self) -> None:
+    def begin_attempt(self, dialect: Dialect) -> None:  # noqa: ARG002 - events are the same in all
         self.events.clear()
 
     async def send(self, frames: list[Frame]) -> None:
@@ -147,14 +147,20 @@ class Downstream:
 
     # --- streams ----------------------------------------------------------------------------------------------------
 
-    def begin_attempt(self) -> None:
-        """A new upstream's frames follow. If anything of another's was sent, these must be encoded to fit."""
-        self._raw = not self.transcript.begun
+    def begin_attempt(self, dialect: Dialect) -> None:
+        """A new upstream's frames follow. They are encoded to fit if they are of another dialect than the client's, or
+        if anything of another upstream's was sent.
+        """
+        self._raw = dialect.name == self._dialect.name and not self.transcript.begun
 
     async def send(self, frames: list[Frame]) -> None:
         """Send whole frames in one write. Raises ``ClientGone``."""
+        if self._encoder is not None and self._encoder.opened:
+            self._raw = False
         raws = [frame.raw for frame in frames] if self._raw else ()
         self._raw = bool(raws) and all(raws)  # once encoded anew it stays so: the encoder owes what it holds, usage
+        if self._raw and self._dialect.follows:
+            self._require_encoder().follow(frames)
         data = b"".join(raws) if self._raw else self._encode(frames)
         spoken = False
         for frame in frames:
@@ -170,17 +176,21 @@ class Downstream:
 
     def _encode(self, frames: list[Frame]) -> bytes:
         """Frames of another upstream than the first, or changed ones, in our own words; but only one start."""
-        encode = self._require_encoder().encode
         events = [event for frame in frames for event in frame.events]
+        encode = self._require_encoder(events).encode
         if self.transcript.start is not None:
             events = [event for event in events if type(event) is not Start]
         return b"".join([encode(event) for event in events])
 
-    def _require_encoder(self) -> Encoder:
+    def _require_encoder(self, events: Sequence[Event] = ()) -> Encoder:
+        """``events``: what is to be encoded, for the name of the model that says it."""
         if self._encoder is None:
             start = self.transcript.start
             if start is not None:  # go on under the name the answer began with
                 self._stamp = msgspec.structs.replace(self._stamp, id=start.id, model=start.model)
+            else:
+                model = next((event.model for event in events if isinstance(event, Start)), "")
+                self._stamp = msgspec.structs.replace(self._stamp, model=model or self._stamp.model)
             self._encoder = self._dialect.encoder(self._stamp)
         return self._encoder
 

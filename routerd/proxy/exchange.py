@@ -16,7 +16,7 @@ from functools import partial
 import msgspec
 from aiohttp import web
 
-from routerd.canonical import Failure, Head, Outcome, Side, Start
+from routerd.canonical import BadRequest, Failure, Head, Outcome, Side, Start
 from routerd.dialects import Dialect, Stamp
 from routerd.policy.calls import Schemas
 from routerd.policy.classify import Code, agrees, blame_client
@@ -70,6 +70,9 @@ class Exchange:
         self._waited = False  # and no attempt since
         self._in_call = False  # what the client has broke off inside a tool call
         self._diverged = False  # a re-run could not be joined to what the client has
+        self._bodies = {arrival.dialect.name: arrival.body}  # the request, by dialect
+        self._passed_on = _passed_on(arrival)
+        self._untold: Failure | None = None  # why the request has no form in another dialect
         self._no_prefill: set[LiveUpstream] = set()  # refused to go on with a trailing assistant turn
         # A request that does not stream is streamed upstream all the same, so that the same watchdogs guard it.
         self._collector = None if head.stream or not head.streamable else Collector()
@@ -106,7 +109,7 @@ class Exchange:
     def _plan(self) -> Plan:
         return self._pool.planner.plan(
             self._arrival.route,
-            self._asked,
+            self._arrival.head,  # as the client asked: a call on the side is one that does not stream
             now=self._clock(),
             wall=time.time(),
             draw=random.random(),
@@ -119,10 +122,14 @@ class Exchange:
 
     async def _try(self, plan: Plan, live: LiveUpstream) -> bool:
         """One attempt; True when the exchange is over."""
+        if not self._translates(live):
+            return False
         ticket = await self._pool.begin(plan, self._arrival.route, self._asked, self._clock(), time.time(), self.record)
         if ticket is None:  # somebody took the last of the quota in between: plan anew, after all others had a turn
             await asyncio.sleep(0)
             return False
+        if ticket.face.dialect is self._arrival.dialect:
+            ticket.headers = self._passed_on
         if self._has_timed_out():
             ticket.limits = live.account.limits
         self._note_dispatch(live)
@@ -162,7 +169,7 @@ class Exchange:
 
     def _attempt(self, ticket: Ticket) -> Attempt:
         """An attempt set up for the step at hand."""
-        head, dialect = self._arrival.head, self._arrival.dialect
+        head = self._arrival.head
         sink: Sink = self.downstream if self._collector is None else self._collector
         held = isinstance(self._step, Rerun) or (isinstance(self._step, Continue) and self._step.checked)
         gate = Gate(
@@ -170,8 +177,8 @@ class Exchange:
             schemas=self._schemas if head.tools else None,
             forgiven=self._forgiven(),
         )
-        hide_usage = head.stream and ticket.live.upstream.fix.stream_usage and not head.include_usage
-        return Attempt(self._pool, ticket, dialect, sink, gate, splice=self._splice(ticket), hide_usage=hide_usage)
+        hide_usage = head.stream and ticket.face.upstream.fix.stream_usage and not head.include_usage
+        return Attempt(self._pool, ticket, sink, gate, splice=self._splice(ticket), hide_usage=hide_usage)
 
     def _forgiven(self) -> set[str]:
         """What this attempt's answer may have wrong with it, since another one had it as well."""
@@ -198,16 +205,34 @@ class Exchange:
         return Splice("prefill" if ticket.continuation else "instructed", sent, document=self._step.checked)
 
     def _prefills(self, live: LiveUpstream) -> bool:
-        return live.upstream.fix.continuation != "instructed" and live not in self._no_prefill
+        return live.face(self._arrival.dialect.name).prefills and live not in self._no_prefill
 
     def _body(self, ticket: Ticket) -> bytes:
-        arrival, upstream = self._arrival, ticket.live.upstream
-        body = arrival.body
+        """The request as the upstream wants it."""
+        face = ticket.face
+        body = self._bodies[face.dialect.name]
         if isinstance(self._step, Continue):
-            manner = upstream.fix.continuation if ticket.continuation else "instructed"
-            body = arrival.dialect.continue_request(body, self.downstream.transcript.text or "", manner)
+            manner = face.upstream.fix.continuation if ticket.continuation else "instructed"
+            body = face.dialect.continue_request(body, self.downstream.transcript.text or "", manner)
         recall = partial(self._pool.memory.recall, self._asked.conversation)
-        return arrival.dialect.patch_request(body, self._asked, upstream, recall)
+        return face.dialect.patch_request(body, self._asked, face.upstream, recall)
+
+    def _translates(self, live: LiveUpstream) -> bool:
+        """Write the request in the upstream's dialect; False if it asks for what cannot be said there."""
+        arrival, face = self._arrival, live.face(self._arrival.dialect.name)
+        if face.dialect.name in self._bodies:
+            return True
+        try:
+            request = arrival.dialect.decode_request(arrival.body)
+        except BadRequest as error:
+            self._untold = error.failure
+            self._unfit.add(live)
+            return False
+        self._bodies[face.dialect.name] = face.dialect.encode_request(request)
+        for feature in request.dropped:
+            self._telemetry.dropped_features.labels(arrival.dialect.name, face.dialect.name, feature).inc()
+            self.record.dropped.append(feature)
+        return True
 
     def _settle(self, ticket: Ticket, attempt: Attempt, failure: Failure | None) -> None:
         ticket.longest_gap_s = attempt.longest_gap_s
@@ -284,10 +309,18 @@ class Exchange:
     def _answer(self, attempt: Attempt) -> bytes:
         """The whole answer: as it came, or put together from what was streamed."""
         if self._collector is None:
-            return attempt.answer
+            return self._translated(attempt)
         start = attempt.gate.start or Start(self._arrival.id, attempt.ticket.live.upstream.model)
         stamp = Stamp(start.id, start.model, int(time.time()), include_usage=True)
         return self._arrival.dialect.encode_body(self._collector.events, stamp)
+
+    def _translated(self, attempt: Attempt) -> bytes:
+        """An answer that came whole, in the client's dialect."""
+        dialect, wanted = attempt.ticket.face.dialect, self._arrival.dialect
+        if dialect is wanted:
+            return attempt.answer
+        stamp = Stamp(self._arrival.id, attempt.ticket.live.upstream.model, int(time.time()), include_usage=True)
+        return wanted.encode_body(dialect.decode_body(attempt.answer), stamp)
 
     # --- waiting ----------------------------------------------------------------------------------------------------
 
@@ -348,6 +381,8 @@ class Exchange:
             windows = (live.upstream.context_tokens for live in self._arrival.route.upstreams())
             detail = f"maximum context length is {max(windows, default=0)} tokens; shorten the conversation"
             return Failure(Outcome.CLIENT_ERROR, Side.CLIENT, detail, status=400, code="context_length_exceeded")
+        if self._untold is not None:
+            return self._untold
         if not self._failures:
             detail = "no model of this route takes what the request contains (tools, images, or so much at once)"
             return Failure(Outcome.CLIENT_ERROR, Side.CLIENT, detail, status=400, code="unsupported")
@@ -380,6 +415,12 @@ class Exchange:
         if self.downstream.first_content_at is not None:
             record.first_content_s = self.downstream.first_content_at - arrived
         self._telemetry.exchange(record)
+
+
+def _passed_on(arrival: Arrival) -> dict[str, str]:
+    """The client's headers that an upstream of the same dialect is to see."""
+    headers = arrival.request.headers
+    return {name: headers[name] for name in arrival.dialect.forwarded_headers if name in headers}
 
 
 def _router_failure(status: int, detail: str, code: str, retry_after_s: float | None) -> Failure:

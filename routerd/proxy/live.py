@@ -2,7 +2,8 @@
 
 The config is frozen; these change while it is in force. An ``Account`` is a provider's key: it owns the quota and the
 breaker for whatever all its models share (a refused key, a host that does not answer). A ``LiveUpstream`` is an
-account's model: it owns a breaker, a latency estimate and the prepared URL and headers. A ``LiveRoute`` owns the line
+account's model: it owns a breaker, a latency estimate and,
+for each dialect, the prepared URL and headers. A ``LiveRoute`` owns the line
 of those who wait for it.
 """
 
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
 import msgspec
 
 from routerd.canonical import Head, Secret, Upstream
 from routerd.config import Defaults, ProviderConfig, RouteConfig
+from routerd.dialects import Dialect
 from routerd.policy.balance import Latency
 from routerd.policy.breaker import Breaker
 from routerd.policy.patience import Patience
@@ -52,20 +54,36 @@ class Account:
         self.breaker = breaker
 
 
+class Face(msgspec.Struct, frozen=True):
+    """An upstream in one of the dialects its provider speaks. ``upstream`` holds what it demands in this one.
+
+    ``continuation_target``: for taking up a broken-off answer.
+    """
+
+    dialect: Dialect
+    upstream: Upstream
+    target: Target
+    continuation_target: Target
+
+    @property
+    def prefills(self) -> bool:
+        """True if a broken-off answer can be taken up in the vendor's own way."""
+        return self.upstream.fix.continuation in self.dialect.continuations
+
+
 class LiveUpstream:
-    """One upstream and all that is known of it."""
+    """One upstream and all that is known of it. ``faces``: by dialect."""
 
     __slots__ = (
         "account",
         "breaker",
         "client",
-        "continuation_target",
+        "faces",
         "id",
         "in_flight",
         "latency",
         "patience",
         "scores",
-        "target",
         "upstream",
     )
 
@@ -75,16 +93,14 @@ class LiveUpstream:
         account: Account,
         breaker: Breaker,
         client: Client,
-        target: Target,
-        continuation_target: Target,
+        faces: Mapping[str, Face],
     ) -> None:
         self.id = f"{account.id} {upstream.wire_model}"  # the same across reloads and restarts
         self.upstream = upstream
         self.account = account
         self.breaker = breaker
         self.client = client
-        self.target = target
-        self.continuation_target = continuation_target  # for taking up a broken-off answer
+        self.faces = faces
         self.latency = Latency()
         self.patience = Patience()
         self.in_flight = 0
@@ -92,6 +108,10 @@ class LiveUpstream:
 
     def __repr__(self) -> str:
         return f"<LiveUpstream {self.upstream.provider}/{self.upstream.model} {self.breaker.state}>"
+
+    def face(self, dialect: str) -> Face:
+        """The one for requests in this dialect: the same if it is spoken there, else the one it is written in anew."""
+        return self.faces.get(dialect) or self.faces[self.upstream.dialect]
 
     def allows(self, now: float) -> bool:
         return self.breaker.allows(now) and self.account.breaker.allows(now)

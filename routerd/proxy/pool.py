@@ -17,7 +17,7 @@ import msgspec
 
 from routerd.canonical import Failure, Fault, Head, Limit, LimitReport, Outcome, Secret, Side, Upstream, Usage
 from routerd.config import Config, ProviderConfig, RouteConfig
-from routerd.dialects import DIALECTS
+from routerd.dialects import DIALECTS, Dialect
 from routerd.policy.balance import Affinity, LatencySnapshot
 from routerd.policy.breaker import Breaker, BreakerSnapshot, Listener, Permit
 from routerd.policy.classify import Verdict, verdict
@@ -27,7 +27,7 @@ from routerd.policy.quota import Quota, Reservation
 from routerd.policy.transcript import Gate
 from routerd.providers import judge, judge_fault
 from routerd.proxy.client import Client, ConnectFailed, Reply, Target
-from routerd.proxy.live import Account, Limits, LiveRoute, LiveUpstream, Tier
+from routerd.proxy.live import Account, Face, Limits, LiveRoute, LiveUpstream, Tier
 from routerd.proxy.planner import Plan, Planner, expected_amount
 from routerd.proxy.queue import WaitingLine
 from routerd.state import Entry, Row, StateError, Store
@@ -67,7 +67,18 @@ class Ticket(msgspec.Struct):
     conversation: int = 0
     exchange: str = ""
     dialect: str = ""  # the client's
+    headers: Mapping[str, str] = {}  # of the client's that are passed on
     reports: tuple[LimitReport, ...] = ()
+
+    @property
+    def face(self) -> Face:
+        """The upstream as this request reaches it."""
+        return self.live.face(self.dialect)
+
+    @property
+    def target(self) -> Target:
+        target = self.face.continuation_target if self.continuation else self.face.target
+        return target.extended(self.headers) if self.headers else target
 
 
 class Pool:
@@ -120,17 +131,13 @@ class Pool:
         for upstream in config.upstreams:
             account, key = accounts[upstream.key]
             breaker = Breaker(f"{config.name}/{upstream.model}", policy, self._transition)
-            headers = _auth_headers(config, key)
-            target = Target(self._url(config, upstream), headers)
-            continuation = Target(self._url(config, upstream, root=upstream.fix.continuation_root), headers)
-            self._live[upstream] = LiveUpstream(upstream, account, breaker, client, target, continuation)
-
-    def _url(self, config: ProviderConfig, upstream: Upstream, *, root: str = "") -> str:
-        """``root`` replaces the base URL's path."""
-        base_url = self._simulated.get(config.name) or config.base_urls[upstream.dialect]
-        if root:
-            base_url = urlsplit(base_url)._replace(path=root).geturl()
-        return base_url.rstrip("/") + DIALECTS[upstream.dialect].upstream_path
+            urls = config.base_urls or {upstream.dialect: self._simulated[config.name]}
+            faces = {
+                name: _face(config, key, upstream.in_dialect(name), DIALECTS[name], url)
+                for name, url in urls.items()
+                if name in DIALECTS
+            }
+            self._live[upstream] = LiveUpstream(upstream, account, breaker, client, faces)
 
     def route(self, name: str) -> LiveRoute | None:
         """The live route a public model name stands for."""
@@ -246,7 +253,7 @@ class Pool:
         live = ticket.live
         ticket.sent = True
         try:
-            reply = await live.client.post(live.continuation_target if ticket.continuation else live.target, body)
+            reply = await live.client.post(ticket.target, body)
         except ConnectFailed:
             ticket.sent = False
             raise
@@ -719,9 +726,20 @@ def _entry(ticket: Ticket, record: AttemptRecord, wall: float) -> Entry:
     )
 
 
-def _auth_headers(config: ProviderConfig, key: Secret) -> dict[str, str]:
+def _face(config: ProviderConfig, key: Secret, upstream: Upstream, dialect: Dialect, base_url: str) -> Face:
+    """The upstream in one dialect. Its ``continuation_root`` replaces the base URL's path."""
+    headers = dict(dialect.upstream_headers) | _auth_headers(config, key, dialect.name)
+    target = Target(base_url.rstrip("/") + dialect.upstream_path, headers)
+    root = upstream.fix.continuation_root
+    if not root or upstream.fix.continuation not in dialect.continuations:
+        return Face(dialect, upstream, target, target)
+    url = urlsplit(base_url)._replace(path=root).geturl()
+    return Face(dialect, upstream, target, Target(url.rstrip("/") + dialect.upstream_path, headers))
+
+
+def _auth_headers(config: ProviderConfig, key: Secret, dialect: str) -> dict[str, str]:
     headers = dict(config.headers)
-    if key and config.auth == "bearer":
+    if key and config.dialect_auth.get(dialect, config.auth) == "bearer":
         headers["Authorization"] = f"Bearer {key.reveal()}"
     elif key:
         headers["x-api-key"] = key.reveal()

@@ -235,9 +235,9 @@ async def test_names_a_client_may_use(name: str, upstreams: Upstreams, tmp_path:
         heard = await hear(served.url, HELLO | {"model": name})
 
         assert heard.status == 200
-        assert heard.headers["x-routerd-provider"] == ("b" if name.startswith("b/") else "a")
-        asked = both[heard.headers["x-routerd-provider"]].requests
-        assert [request.body["model"] for request in asked] == [MODEL]
+        provider = heard.headers["x-routerd-provider"]
+        assert provider == {"auto": "a", f"a/{MODEL}": "a", f"b/{MODEL}": "b"}.get(name, provider)
+        assert [request.body["model"] for request in both[provider].requests] == [MODEL]
 
 
 async def test_pinned_model_stays_where_it_is_pinned(upstreams: Upstreams, tmp_path: Path) -> None:

@@ -202,10 +202,11 @@ async def test_auxiliary_calls_have_tiers_of_their_own(
 
 async def test_auxiliary_calls_fall_back_on_the_route(upstreams: Upstreams, tmp_path: Path) -> None:
     """When the auxiliary model fails, the route's own serve."""
-    several = {"a": await upstreams(), "side": await upstreams(BAD)}
+    several: dict[str, ScriptedUpstream] = {"a": await upstreams(), "side": await upstreams(BAD)}
     async with daemon(config_text(several, more=f'auxiliary = ["side/{MODEL}"]'), tmp_path) as served:
         heard = await hear(served.url)
 
+        assert len(several["side"].requests) == 1
         assert heard.status == 200
         assert heard.headers["x-routerd-provider"] == "a"
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from routerd.canonical import FinishReason
 from routerd.proxy.simulated import Answer, Call, Fault, Received, Turn
 from tests.fakes import ScriptedUpstream
 from tests.proxy.wire import RawUpstream, Talk, call_event, event, hear
-from tests.rig import KEY, WEATHER, Daemon, config_text, daemon
+from tests.rig import KEY, WEATHER, Daemon, daemon
 
 CITY = '{"city": "Oslo"}'  # with a space, which the client's own JSON has not
 SKIPPED = "skip_thought_signature_validator"  # what Google's docs give calls of other models
@@ -84,7 +85,7 @@ def wants_at_most_forty_characters(_vendor: Vendor, messages: list[Message]) -> 
 
 
 def wants_its_seals(vendor: Vendor, messages: list[Message]) -> Iterator[str]:
-    """Each turn's first call is sealed: by this very model if the call is its own, else with the documented stand-in."""
+    """Each turn's first call is sealed: by this very model if the call is its own, else with what the docs allow."""
     for message in calling(messages):
         made = message["tool_calls"][0]
         seal = made.get("extra_content", {}).get("google", {}).get("thought_signature")
@@ -131,13 +132,15 @@ HABITS = {
     "mistral": Habits("mistral-large-4", (wants_no_thinking, wants_no_seals, wants_nine_characters), "D{n:08d}"),
     "moonshot": Habits("kimi-k3.1-pro", (wants_thinking,), "functions.weather:{at}", "Kimi thinks {n}."),
     "deepseek": Habits("deepseek-flash", (wants_thinking,), "call_00_{n:020d}", "DeepSeek thinks {n}."),
-    "openai": Habits("gpt-6.1-terra", (wants_no_thinking, wants_no_seals, wants_at_most_forty_characters), "call_{n:024d}"),
+    "openai": Habits(
+        "gpt-6.1-terra", (wants_no_thinking, wants_no_seals, wants_at_most_forty_characters), "call_{n:024d}"
+    ),
     "vllm": Habits("local", (), "chatcmpl-tool-{n:032x}", "The local one thinks {n}."),
 }
 
 
 class Vendor:
-    """An upstream with habits. ``heard``: the turns with calls of each request; ``thoughts``: what it thought, by call."""
+    """An upstream with habits. ``heard``: each request's turns with calls; ``thoughts``: what led to its own calls."""
 
     def __init__(self, name: str) -> None:
         self.habits = HABITS[name]
@@ -160,20 +163,21 @@ class Vendor:
         if not self.up:
             return Turn(fault=Fault("status", status=503))
         self.answered += 1
-        return Turn(self._answer(len(calls_of(messages))))
+        thinking = self.habits.thinking.format(n=self.answered)
+        if request.chat.after_tools:
+            return Turn(Answer(reasoning=thinking, reasoning_field=self.habits.field))
+        return Turn(self._call(thinking, len(calls_of(messages))))
 
-    def _answer(self, at: int) -> Answer:
+    def _call(self, thinking: str, at: int) -> Answer:
         habits, n = self.habits, self.answered
-        call_id, thinking = habits.id.format(n=n, at=at), habits.thinking.format(n=n)
+        call_id = habits.id.format(n=n, at=at)
         self.thoughts[call_id] = thinking
         seal = f"Seal{n:04d}+/="
         if habits.sealed:
             self.seals[call_id] = seal
         signature = json.dumps({"google": {"thought_signature": seal}}) if habits.sealed else ""
         made = Call("weather", CITY, call_id, signature)
-        return Answer(
-            text="", calls=(made,), reasoning=thinking, reasoning_field=habits.field, finish=habits.finish
-        )
+        return Answer(text="", calls=(made,), reasoning=thinking, reasoning_field=habits.field, finish=habits.finish)
 
 
 class World:
@@ -206,7 +210,7 @@ listen = "127.0.0.1:0"
 url = "sqlite:state.db"
 [defaults]
 max_attempts = 20
-breaker = {{ failures = 10000, ratio = 1.0, min_requests = 10000 }}
+breaker = {{ failures = 1000, ratio = 1.0, min_requests = 500 }}
 [routes.auto]
 models = [{tiers}]
 {tables}
@@ -214,7 +218,9 @@ models = [{tiers}]
 
     def _table(self, name: str, vendor: Vendor) -> str:
         table = f'[providers.{name}]\nbase_url = "{vendor.upstream.base_url}"\ndialect = "chat"\napi_key = "{KEY}"\n'
-        return table + (f'[providers.{name}.models]\n"{vendor.habits.model}" = {{ context = 131072 }}\n' * (name == "vllm"))
+        return table + (
+            f'[providers.{name}.models]\n"{vendor.habits.model}" = {{ context = 131072 }}\n' * (name == "vllm")
+        )
 
 
 @asynccontextmanager
@@ -285,7 +291,7 @@ async def test_no_vendor_finds_anything_to_refuse(tour: tuple[str, ...], mid_tur
         client = Client()
         for now, after in zip(tour, tour[1:] + tour[:1], strict=True):
             vendors.only(now)
-            await client.turn(served, (lambda name=after: vendors.only(name)) if mid_turn else lambda: None)
+            await client.turn(served, partial(vendors.only, after if mid_turn else now))
 
         assert vendors.complaints == {}
         assert [line["outcome"] for line in served.exchanges] == ["success"] * (2 * len(tour))
@@ -332,17 +338,64 @@ async def test_conversations_do_not_mix(tmp_path: Path) -> None:
         vendors.only("mimo")
         for client in clients:
             await client.turn(served)
-        first, second = (heard[0]["reasoning_content"] for heard in vendors.vendors["mimo"].heard if len(heard) == 1)[:2]
+        sent = [turns[0]["reasoning_content"] for turns in vendors.vendors["mimo"].heard if turns]
 
-        assert first != second
+        assert {"functions.weather:0"} == set(vendors.vendors["moonshot"].thoughts)
+        assert sent == ["Kimi thinks 1.", "Kimi thinks 3."] + ["Kimi thinks 1."] * 2 + ["Kimi thinks 3."] * 2
         assert vendors.complaints == {}
 
 
 async def test_messages_keep_their_bytes(tmp_path: Path) -> None:
     """Where nothing has to be done the upstream gets the messages as the client wrote them, spaces and all."""
-    messages = b'[ {"role":"user", "content":"\\u00e9 1.0"} , {"content":"ok","role":"assistant"}, {"role":"user","content":[]}]'
+    messages = b'[ {"role":"user", "content":"\\u00e9 1.0"} ,{"content":"ok","role":"assistant"}, {"role":"user"}]'
     async with world("vllm") as vendors, daemon(vendors.config(), tmp_path) as served:
         heard = await hear(served.url, b'{"model":"auto","messages":' + messages + b"}")
 
         assert heard.status == 200
         assert messages in vendors.vendors["vllm"].upstream.requests[0].raw
+
+
+PIECES = (
+    {"type": "reasoning.text", "text": "Look ", "format": "anthropic-claude-v1", "index": 0},
+    {"type": "reasoning.text", "text": "first.", "format": "anthropic-claude-v1", "index": 0},
+    {"type": "reasoning.text", "signature": "EqQ+/=", "format": "anthropic-claude-v1", "index": 0},
+)
+JOINED = [PIECES[0] | {"text": "Look first.", "signature": "EqQ+/="}]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_sealed_thinking_goes_back_to_the_model_that_sealed_it(stream: bool, tmp_path: Path) -> None:
+    """An aggregator's sealed thinking is put back whole for the same model, and for no other."""
+
+    async def play(talk: Talk) -> None:
+        pieces = [event({"content": "", "reasoning_details": [piece]}) for piece in PIECES]
+        await talk.stream([*pieces, call_event(0, CITY, name="weather", id="toolu_1"), event({}, "tool_calls")])
+
+    def turns(talks: list[Talk]) -> list[Message]:
+        return [calling(talk.body["messages"])[0] for talk in talks if calling(talk.body["messages"])]
+
+    async with RawUpstream(play) as aggregator:
+        text = f"""
+[server]
+listen = "127.0.0.1:0"
+[state]
+url = "memory:"
+[providers.openrouter]
+base_url = "{aggregator.base_url}"
+dialect = "chat"
+api_key = "{KEY}"
+"""
+        async with daemon(text, tmp_path) as served:
+            asked = [{"role": "user", "content": "And now?"}]
+            request = {"tools": [WEATHER], "messages": asked, "stream": stream}
+            heard = await hear(served.url, request | {"model": "openrouter/claude-sonnet-5-5"})
+            answer = kept(heard.deltas, "") if stream else heard.json["choices"][0]["message"]
+            if not stream:
+                assert answer.pop("reasoning_details") == JOINED
+            history = [*asked, answer, {"role": "tool", "tool_call_id": "toolu_1", "content": "Rain."}]
+            for model in ("claude-sonnet-5-5", "claude-opus-5"):
+                await hear(served.url, request | {"model": f"openrouter/{model}", "messages": history})
+        own, other = turns(aggregator.talks)
+
+        assert own["reasoning_details"] == JOINED
+        assert "reasoning_details" not in other

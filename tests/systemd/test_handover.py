@@ -28,6 +28,7 @@ given = [int(fd) for fd in sys.argv[1].split(",")]
 spare = [os.dup(fd) for fd in given]
 for place, fd in enumerate(spare, 3):
     os.dup2(fd, place)
+    os.set_inheritable(place, True)  # dup2 to itself changes nothing
 os.environ["LISTEN_PID"] = str(os.getpid())
 os.execv(sys.executable, [sys.executable, "-m", "routerd", "serve", "--config", sys.argv[2]])
 """

@@ -27,7 +27,7 @@ WAIT_S = 60.0
 def turn(request: Received) -> Turn:
     """The upstream's part: streams that take their time, and short answers at once."""
     if SLOW.encode() in request.raw:
-        return Turn(Answer(text=SLOW_TEXT, piece=8, pace_s=0.1))
+        return Turn(Answer(text=SLOW_TEXT, piece=8, pace_s=0.075))
     return Turn(Answer(text="A short answer."))
 
 

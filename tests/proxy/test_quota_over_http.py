@@ -1,0 +1,187 @@
+"""Allowances under load, counted where it matters: at the upstream. None is ever exceeded, none is left unused."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from routerd.canonical import Usage
+from routerd.proxy.simulated import Answer, Fault, Turn
+from tests.fakes import ScriptedUpstream, Upstreams
+from tests.proxy.wire import Heard, hear, listening, streamed
+from tests.rig import HELLO, MODEL, config_text, daemon
+
+CROWD = 200
+HASTY = 'max_wait = "0s"'
+MINUTE = '{ requests = 20, per = "minute" }'
+CALENDAR_MINUTE = '{ requests = 20, per = "minute", resets = "minute" }'
+DAY = '{ requests = 50, per = "day", resets = "UTC" }'
+ROLLING_DAY = '{ requests = 50, per = "day" }'
+
+LIMITS: dict[str, tuple[Sequence[str], int]] = {
+    "minute": ([MINUTE], 20),
+    "day": ([DAY], 50),
+    "rolling day": ([ROLLING_DAY], 50),
+    "both": ([MINUTE, DAY], 20),
+    "both, the other way round": ([DAY, MINUTE], 20),
+}
+
+
+def _limits(limits: Sequence[str]) -> str:
+    return f"limits = [ {', '.join(limits)} ]"
+
+
+async def _crowd(url: str, count: int = CROWD, **fields: Any) -> list[Heard]:
+    """So many clients at once, half of them streaming, in conversations of their own."""
+    bodies = (
+        HELLO
+        | {"messages": [{"role": "user", "content": f"I am number {number}."}], "stream": number % 2 == 0}
+        | fields
+        for number in range(count)
+    )
+    return await asyncio.gather(*(hear(url, body) for body in bodies))
+
+
+@pytest.mark.parametrize(("limits", "allowed"), LIMITS.values(), ids=LIMITS)
+async def test_crowd_never_exceeds_the_limit(
+    limits: Sequence[str], allowed: int, upstreams: Upstreams, tmp_path: Path
+) -> None:
+    """Of two hundred at once exactly as many get through as are allowed; the others are told when to come back."""
+    upstream: ScriptedUpstream = await upstreams(Turn(Answer(text="Here.", pace_s=0.01)))
+    async with daemon(config_text({"a": upstream}, defaults=HASTY, extra=_limits(limits)), tmp_path) as served:
+        answers = await _crowd(served.url)
+
+        assert Counter(heard.status for heard in answers) == {200: allowed, 429: CROWD - allowed}
+        assert len(upstream.requests) == allowed
+        assert all(int(heard.headers["Retry-After"]) >= 1 for heard in answers if heard.status == 429)
+        assert served.total("routerd_attempts_total") == allowed
+        for name in {f"requests/{match}" for match in re.findall(r'per = "(\w+)"', _limits(limits))}:
+            spent = served.metric("routerd_quota_limit", provider="a", limit=name) - served.metric(
+                "routerd_quota_remaining", provider="a", limit=name
+            )
+            assert spent == allowed
+
+
+async def test_calendar_minute(upstreams: Upstreams, tmp_path: Path) -> None:
+    """A wall-clock minute is never overspent either, although this test may run into the next one."""
+    upstream: ScriptedUpstream = await upstreams()
+    async with daemon(
+        config_text({"a": upstream}, defaults=HASTY, extra=_limits([CALENDAR_MINUTE])), tmp_path
+    ) as served:
+        answers = await _crowd(served.url)
+
+        assert len(upstream.requests) == sum(heard.status == 200 for heard in answers)
+        assert len(upstream.requests) in range(20, 41)
+
+
+async def test_overflow_goes_to_the_next_provider(upstreams: Upstreams, tmp_path: Path) -> None:
+    """What one provider's allowance does not hold another one serves: nobody is refused while anybody has room."""
+    small: ScriptedUpstream = await upstreams()
+    other: ScriptedUpstream = await upstreams()
+    text = config_text({"a": small, "b": other}, defaults=HASTY)
+    text = text.replace(
+        "[providers.a.models]", '[[providers.a.limits]]\nrequests = 20\nper = "minute"\n[providers.a.models]'
+    )
+    async with daemon(text, tmp_path) as served:
+        answers = await _crowd(served.url)
+
+        assert {heard.status for heard in answers} == {200}
+        assert (len(small.requests), len(other.requests)) == (20, CROWD - 20)
+
+
+async def test_failed_requests_count(upstreams: Upstreams, tmp_path: Path) -> None:
+    """A request that was taken and then failed may have been counted over there: it is not given back."""
+    upstream: ScriptedUpstream = await upstreams(Turn(fault=Fault("status", status=500)))
+    patient = HASTY + "\nbreaker = { failures = 1000, min_requests = 500 }"
+    async with daemon(config_text({"a": upstream}, defaults=patient, extra=_limits([DAY])), tmp_path) as served:
+        answers = await _crowd(served.url)
+
+        assert len(upstream.requests) <= 50
+        assert 200 not in {heard.status for heard in answers}
+
+
+async def test_refused_connections_do_not_count(upstreams: Upstreams, tmp_path: Path) -> None:
+    """What never reached the upstream cost nothing there, and costs nothing here."""
+    upstream: ScriptedUpstream = await upstreams(Turn(fault=Fault("refuse", seconds=0.3)), Turn())
+    settings = "breaker = { failures = 1000, min_requests = 500 }"
+    async with daemon(config_text({"a": upstream}, defaults=settings, extra=_limits([DAY])), tmp_path) as served:
+        answers = await _crowd(served.url, 50)
+
+        assert {heard.status for heard in answers} == {200}
+        assert len(upstream.requests) == 50
+
+
+async def test_hanging_up_gives_nothing_back(upstreams: Upstreams, tmp_path: Path) -> None:
+    """A request whose client left was made all the same: coming and going cannot overspend an allowance."""
+    upstream: ScriptedUpstream = await upstreams(Turn(fault=Fault("stall", "before_content")))
+    settings = 'keepalive = "50ms"\n' + HASTY
+
+    async def come_and_go(url: str) -> None:
+        async with listening(url, streamed()) as client:
+            if client.status == 200:
+                await client.until(bool)
+
+    async with daemon(config_text({"a": upstream}, defaults=settings, extra=_limits([MINUTE])), tmp_path) as served:
+        for _ in range(3):
+            await asyncio.gather(*(come_and_go(served.url) for _ in range(15)))
+            await upstream.idle()
+
+        assert len(upstream.requests) == 20
+
+
+async def test_tokens_are_reserved_before_they_are_known(upstreams: Upstreams, tmp_path: Path) -> None:
+    """With room for ten answers of the length asked for, no more than ten are under way at once."""
+    used = Usage(input_tokens=15, output_tokens=985)
+    upstream: ScriptedUpstream = await upstreams(Turn(Answer(usage=used, pace_s=0.01)))
+    limits = _limits(['{ tokens = 10_200, per = "minute" }'])
+    async with daemon(config_text({"a": upstream}, defaults=HASTY, extra=limits), tmp_path) as served:
+        answers = await _crowd(served.url, 50, max_tokens=985)
+
+        assert Counter(heard.status for heard in answers) == {200: 10, 429: 40}
+        assert len(upstream.requests) == 10
+
+
+async def test_limit_for_some_models(upstreams: Upstreams, tmp_path: Path) -> None:
+    """A limit with a pattern binds the models it names by their wire names, and no others."""
+    upstream: ScriptedUpstream = await upstreams(models=("model", "gratis"))
+    limits = _limits(['{ requests = 5, per = "day", models = "*:free" }'])
+    text = config_text({"a": upstream}, defaults=HASTY, extra=limits)
+    text += '"gratis" = { id = "vendor/gratis:free", context = 131072, max_output = 8192 }\n'
+    async with daemon(text, tmp_path) as served:
+        paid = await _crowd(served.url, 20)
+        gratis = await _crowd(served.url, 20, model="gratis")
+
+        assert Counter(heard.status for heard in paid) == {200: 20}
+        assert Counter(heard.status for heard in gratis) == {200: 5, 429: 15}
+        assert Counter(request.body["model"] for request in upstream.requests) == {MODEL: 20, "vendor/gratis:free": 5}
+
+
+async def test_upstreams_own_figures_are_heeded(upstreams: Upstreams, tmp_path: Path) -> None:
+    """When its headers say that less is left than we thought, less is asked for."""
+    headers = (("x-ratelimit-limit-requests", "20"), ("x-ratelimit-remaining-requests", "4"))
+    told = Answer(headers=(*headers, ("x-ratelimit-reset-requests", "50s")))
+    upstream: ScriptedUpstream = await upstreams(Turn(told), Turn())
+    async with daemon(config_text({"a": upstream}, defaults=HASTY, extra=_limits([MINUTE])), tmp_path) as served:
+        await hear(served.url)
+        answers = await _crowd(served.url, 20)
+
+        assert Counter(heard.status for heard in answers) == {200: 4, 429: 16}
+        assert len(upstream.requests) == 5
+
+
+async def test_headers_tell_what_is_left(upstreams: Upstreams, tmp_path: Path) -> None:
+    """In the names agents read, as plain numbers; the sum over all that serve the route."""
+    several = {"a": await upstreams(), "b": await upstreams()}
+    async with daemon(config_text(several, extra=_limits([MINUTE, DAY])), tmp_path) as served:
+        heard = await hear(served.url)
+
+        told = {name.lower(): int(value) for name, value in heard.headers.items() if name.lower().startswith("x-rate")}
+        assert told["x-ratelimit-limit-requests"] == 40
+        assert told["x-ratelimit-remaining-requests"] == 39
+        assert 0 <= told["x-ratelimit-reset-requests"] <= 86_400
