@@ -365,6 +365,7 @@ class Fix(msgspec.Struct, frozen=True):
     strict_arguments: bool = False  # arguments in history that are not JSON become "{}"
     unique_tool_names: bool = False  # later tools of the same name are dropped
     # Of turns that called tools. require: put back from memory, else padded with " "
+    # In Messages "reject" is for thinking whose seal is not this upstream's own.
     reasoning_content: Literal["keep", "require", "reject"] = "keep"
     reasoning_details: bool = False  # True: put back where this upstream itself wrote them. False: stripped
     thought_signatures: bool = False  # the same for ``tool_calls[].extra_content``

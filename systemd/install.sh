@@ -71,8 +71,8 @@ fi
 mkdir -p "$etc/credentials"
 chmod 700 "$etc/credentials"
 if [ ! -e "$etc/routerd.toml" ]; then
-    sed -e "s|/etc/routerd|$etc|g" -e "s|/var/lib/routerd|$state|g" "$source/systemd/routerd.example.toml" \
-        > "$staging/routerd.toml"
+    sed -e "s|/etc/routerd|$etc|g" -e "s|/var/lib/routerd|$state|g" -e "s|systemctl |$systemctl |g" \
+        "$source/systemd/routerd.example.toml" > "$staging/routerd.toml"
     install -m 640 -g "$group" "$staging/routerd.toml" "$etc/routerd.toml"
     say "wrote $etc/routerd.toml: add a provider there"
 fi
@@ -119,4 +119,7 @@ for old in "$home"/release-*; do
     [ "$old" = "$release" ] || rm -rf "$old"
 done
 
-say "$("$command" --version) is running: systemctl status routerd, journalctl -u routerd"
+if [ "$scope" = user ] && [ "$(loginctl show-user "$(id -un)" --property=Linger --value 2>/dev/null)" = no ]; then
+    say "it ends when you log out, unless you run: loginctl enable-linger"
+fi
+say "$("$command" --version) is running; see: $systemctl status routerd"

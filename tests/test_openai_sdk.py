@@ -34,9 +34,14 @@ async def client_of(upstreams: Mapping[str, Any], tmp_path: Path, **options: str
         yield client
 
 
-async def _streamed(client: AsyncOpenAI, **fields: Any) -> list[ChatCompletionChunk]:
-    stream = await client.chat.completions.create(model="auto", messages=MESSAGES, stream=True, **fields)
-    return [chunk async for chunk in stream]
+async def _streamed(
+    client: AsyncOpenAI, seen: list[ChatCompletionChunk] | None = None, **fields: Any
+) -> list[ChatCompletionChunk]:
+    """All chunks of a stream; also in ``seen``, should the stream fail."""
+    chunks = [] if seen is None else seen
+    async for chunk in await client.chat.completions.create(model="auto", messages=MESSAGES, stream=True, **fields):
+        chunks.append(chunk)
+    return chunks
 
 
 def _text(chunks: list[ChatCompletionChunk]) -> str:
@@ -215,9 +220,9 @@ async def test_error_in_a_stream(upstreams: Upstreams, tmp_path: Path) -> None:
     async with client_of({"a": upstream}, tmp_path, defaults=settings) as client:
         seen: list[ChatCompletionChunk] = []
         with pytest.raises(openai.APIError):
-            async for chunk in await client.chat.completions.create(model="auto", messages=MESSAGES, stream=True):
-                seen.append(chunk)
+            await _streamed(client, seen)
 
+        assert seen
         assert TEXT.startswith(_text(seen))
         assert not [chunk for chunk in seen if chunk.choices and chunk.choices[0].finish_reason]
 

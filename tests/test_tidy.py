@@ -23,7 +23,8 @@ RANKS = {"canonical": 0, "dialects": 1, "policy": 1, "state": 1, "telemetry": 1,
 RANKS |= {"config": 3, "proxy": 4, "cli": 5, "__main__": 6, "__init__": -1}  # the package itself imports nothing
 LINES_MAX = 70  # of a function: past this it is two things
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
-WIRE_WORDS = {("dialects/chat.py", "groq")}  # a field of the wire that several servers copied, under its maker's name
+# Paths, headers and fields of the wire that bear their maker's name, whoever speaks it.
+WIRE_WORDS = {("dialects/chat.py", "groq"), ("dialects/messages.py", "anthropic")}
 
 
 def _part(name: str) -> str:

@@ -245,7 +245,12 @@ def _sections(status: Status) -> Iterator[Section]:
         "Quotas",
         ("PROVIDER", "LIMIT", "LEFT", "OF", "WHOLE AGAIN IN"),
         [
-            (one.provider, one.name, *_amounts(one.remaining, one.limit, one.unit), _span(one.reset_in_s))
+            (
+                one.provider,
+                one.name,
+                *_amounts(one.remaining, one.limit, one.unit),
+                _span(one.reset_in_s) if one.remaining < one.limit else "",
+            )
             for one in status.quotas
         ],
         frozenset(("LEFT", "OF", "WHOLE AGAIN IN")),

@@ -7,8 +7,8 @@ and leaves the rest byte for byte as it was. The history is opened only if a sea
 it must change:
 
 * text blocks that say nothing, which the vendor refuses and our own keep-alives leave behind, are taken out;
-* thinking without its seal, or with the seal of another upstream, is taken out where the upstream checks seals, and
-  put back where it is known that this very upstream wrote it;
+* thinking without its seal, or with the seal of another upstream, is taken out where the upstream checks seals; what
+  a client left out is put back where this very upstream wrote it, or where it demands to be given back any;
 * ids of tool calls are brought into the form the upstream accepts, by a digest, so that they stay the same through all
   requests.
 
@@ -77,7 +77,7 @@ def read_head(body: bytes) -> Head:
         raise BadRequest('"model" is missing: name a route or a model that GET /v1/models lists')
     if not request.messages:
         raise BadRequest('"messages" is missing or empty: send at least one message')
-    images, media, media_bytes = _media(request.messages)
+    images, media, media_bytes, cited = _media(request.messages)
     return Head(
         model=request.model,
         stream=request.stream is True,
@@ -87,14 +87,14 @@ def read_head(body: bytes) -> Head:
         max_output_tokens=request.max_tokens,
         prompt_tokens=(len(body) - media_bytes) // BYTES_PER_TOKEN + media * IMAGE_TOKENS,
         conversation=_conversation(request),
-        streamable=_is_streamable(request, body),
+        streamable=not cited and _is_streamable(request),
         structured=b'"json_schema"' in bytes(request.output_config) + bytes(request.output_format),
     )
 
 
-def _is_streamable(request: _Request, body: bytes) -> bool:
-    """What a server's own tools do, and citations, have no place in the events of a stream."""
-    if _is_filled(request.mcp_servers) or b'"citations"' in body:
+def _is_streamable(request: _Request) -> bool:
+    """What a server's own tools do has no place in the events of a stream; nor have citations."""
+    if _is_filled(request.mcp_servers):
         return False
     tools = bytes(request.tools)
     return b"_20" not in tools or _SERVER_TOOL.search(tools) is None
@@ -148,19 +148,23 @@ def _text(content: msgspec.Raw) -> bytes:
     return bytes(content)[1:-1]
 
 
-def _media(turns: list[_Turn]) -> tuple[int, int, int]:
-    """Return how many images there are, how many files of any kind, and the bytes these take up as data."""
+def _media(turns: list[_Turn]) -> tuple[int, int, int, bool]:
+    """Return how many images there are, how many files of any kind, the bytes these take up as data, and whether the
+    answer is to cite them.
+    """
     images = count = size = 0
+    cited = False
     for turn in turns:
         content = turn.content
-        if content and memoryview(content)[0] == _LIST_START:
+        if turn.role == "user" and content and memoryview(content)[0] == _LIST_START:
             text = bytes(content)
             if b'"source"' in text:
                 kinds = _MEDIA.findall(text)
                 images += kinds.count(b"image")
                 count += len(kinds)
                 size += sum(map(len, _DATA.findall(text)))
-    return images, count, size
+                cited = cited or b'"citations"' in text
+    return images, count, size, cited
 
 
 # --- tools ------------------------------------------------------------------------------------------------------------
@@ -389,9 +393,9 @@ _THOUGHTS: Final = (b'"thinking"', b'"redacted_thinking"')
 def _patch_messages(fields: _Fields, upstream: Upstream, recall: Recall | None) -> None:
     """Open the history if something in it has to be changed, and write it anew if something was."""
     fix, text = upstream.fix, bytes(fields["messages"])
-    seals = fix.reasoning_content == "reject" and (b'thinking"' in text or (_thinks(fields) and _TOOL_USE in text))
+    seals = _SEALS[fix.reasoning_content] and (_TOOL_USE in text or b'thinking"' in text)
     ids = fix.call_id_limit is not None and _TOOL_USE in text
-    if not (seals or ids or b'"text":""' in text or b'"text": ""' in text):
+    if not (seals or ids or _has_empty_text(text)):
         return
     try:
         turns = _decode_objects(text)
@@ -403,9 +407,13 @@ def _patch_messages(fields: _Fields, upstream: Upstream, recall: Recall | None) 
         fields["messages"] = msgspec.Raw(_encode(turns))
 
 
-def _thinks(fields: _Fields) -> bool:
-    """Thinking by a budget, which wants to be given back."""
-    return b'"enabled"' in bytes(fields.get("thinking", _NULL))
+def _has_empty_text(text: bytes) -> bool:
+    """One quick search for all but a few."""
+    return b'""' in text and (b'"text":""' in text or b'"text": ""' in text)
+
+
+# Whether thinking in the history has to be looked at; "reject" says of this dialect that seals are checked.
+_SEALS: Final = {"keep": False, "require": True, "reject": True}
 
 
 def _patch_turn(turn: _Fields, upstream: Upstream, recall: Recall | None, *, seals: bool, ids: bool) -> bool:
@@ -435,26 +443,34 @@ def _string(value: msgspec.Raw) -> str:
 
 
 def _resealed(blocks: list[_Fields], upstream: Upstream, recall: Recall | None) -> list[_Fields]:
-    """The turn with the thinking whose seals this upstream knows: its own, or what nobody knows the author of."""
+    """The turn with thinking as this upstream takes it.
+
+    Who checks seals is given what it sealed itself, and what nobody knows the author of; who only demands that thinking
+    comes back is given any.
+    """
     thoughts = [block for block in blocks if bytes(block.get("type", _NULL)) in _THOUGHTS]
     rest = [block for block in blocks if bytes(block.get("type", _NULL)) not in _THOUGHTS]
     came_with = _recalled(rest, recall)
-    if came_with is not None and came_with.author != upstream.author:
-        return rest
-    sealed = [block for block in thoughts if _string(block.get("signature", _NULL)) or "data" in block]
-    if len(sealed) < len(thoughts):
-        blocks = [block for block in blocks if block not in thoughts or block in sealed]
-    if not sealed and came_with is not None:
-        return [
-            {
-                "type": msgspec.Raw(_THOUGHTS[0]),
-                "thinking": msgspec.Raw(_encode(block.text)),
-                "signature": msgspec.Raw(_encode(block.signature)),
-            }
+    own = came_with is not None and came_with.author == upstream.author
+    if upstream.fix.reasoning_content == "reject":
+        thoughts = [block for block in thoughts if _is_sealed(block) and (came_with is None or own)]
+    if not thoughts and came_with is not None and (own or upstream.fix.reasoning_content == "require"):
+        thoughts = [
+            _thinking(block.text, block.signature if own else "")
             for block in came_with.thinking
-            if block.signature
-        ] + blocks
-    return blocks
+            if block.signature or upstream.fix.reasoning_content == "require"
+        ]
+        return thoughts + rest
+    return [block for block in blocks if block in thoughts or block in rest]
+
+
+def _is_sealed(block: _Fields) -> bool:
+    return "data" in block or bool(_string(block.get("signature", _NULL)))
+
+
+def _thinking(text: str, signature: str) -> _Fields:
+    block = {"type": "thinking", "thinking": text, "signature": signature}
+    return {name: msgspec.Raw(_encode(value)) for name, value in block.items()}
 
 
 def _recalled(blocks: list[_Fields], recall: Recall | None) -> Remembered | None:

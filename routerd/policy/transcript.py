@@ -136,7 +136,7 @@ class Gate:
         self._held: list[Frame] = []
         self._held_bytes = 0
         self._thinking: dict[int, list[str]] = {}  # by block, like its seals
-        self._seals: dict[int, str] = {}
+        self._seals: dict[int, tuple[str, str]] = {}  # the signature on it, or all of it sealed
         self.start: Start | None = None
         self.started = False  # content of any kind has arrived
         self.text = False
@@ -204,7 +204,7 @@ class Gate:
         blocks = self._thinking.items() if whole else ()
         return Remembered(
             author,
-            tuple(Reasoning("".join(texts), self._seals.get(index, "")) for index, texts in blocks),
+            tuple(Reasoning("".join(texts), *self._seals.get(index, ())) for index, texts in blocks),
             self.finished.details if self.finished is not None else "",
             {call.id: call.signature for call in self.calls if call.signature and call.id},
         )
@@ -229,8 +229,8 @@ class Gate:
             texts = self._thinking[event.index] = []
         if self.characters <= THINKING_CHARACTERS_MAX:
             texts.append(event.text)
-        if event.signature:
-            self._seals[event.index] = event.signature
+        if event.signature or event.sealed:
+            self._seals[event.index] = (event.signature, event.sealed)
 
     def _content(self, characters: int) -> None:
         self.characters += characters
@@ -308,12 +308,12 @@ _FOLDS: dict[type, Callable[[Gate, Any], None]] = {
 class Transcript:
     """Fold of the events the client has received."""
 
-    __slots__ = ("_characters", "_spoken", "_text", "calls", "ended", "finished", "reasoning", "start")
+    __slots__ = ("_spoken", "_text", "calls", "characters", "ended", "finished", "reasoning", "start")
 
     def __init__(self) -> None:
         self.start: Start | None = None
         self._text: list[str] = []
-        self._characters = 0
+        self.characters = 0  # of text
         self._spoken = False  # text that is not blank
         self.reasoning = False
         self.calls = 0
@@ -331,12 +331,12 @@ class Transcript:
     @property
     def begun(self) -> bool:
         """True once anything at all of an answer is with the client."""
-        return self.start is not None or self.reasoning or self.calls > 0 or self._characters > 0
+        return self.start is not None or self.reasoning or self.calls > 0 or self.characters > 0
 
     @property
     def text(self) -> str | None:
         """All the text the client has; None if it is more than is kept."""
-        return "".join(self._text) if self._characters <= TEXT_CHARACTERS_MAX else None
+        return "".join(self._text) if self.characters <= TEXT_CHARACTERS_MAX else None
 
     def fold(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -355,9 +355,9 @@ class Transcript:
                 self.start = self.start or event  # type: ignore[assignment]  # kind is checked above
 
     def _note(self, text: str) -> None:
-        self._characters += len(text)
+        self.characters += len(text)
         self._spoken = self._spoken or not text.isspace()
-        if self._characters <= TEXT_CHARACTERS_MAX:
+        if self.characters <= TEXT_CHARACTERS_MAX:
             self._text.append(text)
         else:
             self._text.clear()

@@ -11,18 +11,21 @@ from routerd.canonical import COMPLETE
 from routerd.proxy.simulated import Answer, Received
 
 
-def gone_on_with(answer: Answer, request: Received, wordings: Sequence[str] = ()) -> Answer:
+def gone_on_with(answer: Answer, request: Received, others: Sequence[Answer] = ()) -> Answer:
     """What a model says to this request: its answer, or the rest of one that broke off.
 
-    It goes on with its own text, or with one of the other ``wordings`` it finds begun.
+    It goes on with its own text, or with that of one of the ``others`` it finds begun.
     """
-    shown = _shown(request.body["messages"])
+    messages = request.body["messages"]
+    shown = _shown(messages)
     if shown is None:
         return answer
-    text = next((text for text in (answer.text or "", *wordings) if text.startswith(shown)), "")
-    rest = text[len(shown) :]
-    nothing = "" if request.body["messages"][-1]["role"] == "assistant" or answer.calls else COMPLETE
-    return msgspec.structs.replace(answer, text=rest or nothing)
+    for one in (answer, *others):
+        for text, calls in ((one.text, answer.calls), (one.final_text, ())):
+            if text is not None and text.startswith(shown):
+                nothing = "" if messages[-1]["role"] == "assistant" or calls else COMPLETE
+                return msgspec.structs.replace(answer, text=text[len(shown) :] or nothing, calls=calls)
+    return answer
 
 
 def _shown(messages: list[dict[str, Any]]) -> str | None:

@@ -21,7 +21,7 @@ from routerd.dialects import Dialect, Stamp
 from routerd.policy.calls import Schemas
 from routerd.policy.classify import Code, agrees, blame_client
 from routerd.policy.recovery import Break, Budget, Continue, Fail, Rerun, Step, Stop, next_step
-from routerd.policy.splice import Splice, seems_whole
+from routerd.policy.splice import Splice
 from routerd.policy.transcript import CUT_CALL, EMPTY_ANSWER, SCHEMA_CODES, Gate
 from routerd.proxy.attempt import TIMEOUT_CODES, Attempt
 from routerd.proxy.downstream import GONE, ClientGone, Collector, Downstream, Sink
@@ -70,6 +70,7 @@ class Exchange:
         self._waited = False  # and no attempt since
         self._in_call = False  # what the client has broke off inside a tool call
         self._diverged = False  # a re-run could not be joined to what the client has
+        self._nothing_after = -1  # so many characters of text somebody who was to go on had nothing to add
         self._bodies = {arrival.dialect.name: arrival.body}  # the request, by dialect
         self._passed_on = _passed_on(arrival)
         self._untold: Failure | None = None  # why the request has no form in another dialect
@@ -186,9 +187,8 @@ class Exchange:
         forgiven = codes & {CUT_CALL}
         if codes & SCHEMA_CODES:
             forgiven |= SCHEMA_CODES
-        if isinstance(self._step, Continue):
-            sent = self.downstream.transcript.text or ""
-            forgiven |= {EMPTY_ANSWER} if seems_whole(sent) else codes & {EMPTY_ANSWER}
+        if isinstance(self._step, Continue):  # two that add nothing agree that the text was whole
+            forgiven |= {EMPTY_ANSWER} if self._nothing_after == self.downstream.transcript.characters else set()
         return forgiven
 
     def _schemas(self) -> Schemas:
@@ -275,6 +275,8 @@ class Exchange:
             self._attempts_left += 1
             self._waits_left_s -= self.record.attempts[-1].duration_s
         self._diverged = self._diverged or attempt.diverged
+        if isinstance(self._step, Continue) and failure.code == EMPTY_ANSWER:
+            self._nothing_after = self.downstream.transcript.characters
         self._leave_out(attempt.ticket, failure)
         head = self._arrival.head
         broke = Break(self._in_call, self._diverged, structured=head.structured, joinable=head.streamable)
@@ -371,7 +373,7 @@ class Exchange:
         name = self._arrival.route.name
         if math.isinf(wait_s):
             return _router_failure(429, f"this alone would cost more than the budget of {name}", "over_budget", None)
-        detail = f"the budget of {name} is spent; it is whole again later"
+        detail = f"the budget of {name} is spent; it has room again later"
         return _router_failure(429, detail, "over_budget", wait_s)
 
     def _refusal(self, plan: Plan) -> Failure:

@@ -468,7 +468,7 @@ class Pool:
 
     # --- what outlives the process ----------------------------------------------------------------------------------
 
-    async def restore(self, estate: Estate | None = None) -> None:
+    async def restore(self, previous: Pool | None = None) -> None:
         """Take up where the last process left off; at a reload, where the pool of the config before this one stands.
 
         That pool may go on serving the exchanges it has. What both speak of is one and the same object from now on, so
@@ -476,13 +476,14 @@ class Pool:
         """
         quotas = _by_owner(await self._store.load("quota"))
         self._saved_budgets = _by_owner(await self._store.load("budget"))
-        if estate is None:
+        if previous is None:
             await self._restore_today(time.time())
         upstreams = await self._store.load("upstream")
-        reasoning = await self._store.load("reasoning") if estate is None else {}
+        reasoning = await self._store.load("reasoning") if previous is None else {}
         now, wall = self._clock(), time.time()
         self._save_memory(self.memory.restore(reasoning, wall), wall)
-        heirs = set() if estate is None else self._inherit(estate, now, wall)
+        # Nothing is awaited from here on: no route of the previous pool may come into being unnoticed.
+        heirs = set() if previous is None else self._inherit(previous.bequeath(), now, wall)
         for account in self._accounts.values():
             if account not in heirs:
                 account.quota.restore(quotas.get(account.id, {}), now, wall)

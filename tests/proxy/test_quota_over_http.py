@@ -38,13 +38,8 @@ def _limits(limits: Sequence[str]) -> str:
 
 
 async def _crowd(url: str, count: int = CROWD, **fields: Any) -> list[Heard]:
-    """So many clients at once, half of them streaming, in conversations of their own."""
-    bodies = (
-        HELLO
-        | {"messages": [{"role": "user", "content": f"I am number {number}."}], "stream": number % 2 == 0}
-        | fields
-        for number in range(count)
-    )
+    """So many clients at once, half of them streaming."""
+    bodies = [HELLO | {"stream": number % 2 == 0, "user": str(number)} | fields for number in range(count)]
     return await asyncio.gather(*(hear(url, body) for body in bodies))
 
 
@@ -61,19 +56,17 @@ async def test_crowd_never_exceeds_the_limit(
         assert len(upstream.requests) == allowed
         assert all(int(heard.headers["Retry-After"]) >= 1 for heard in answers if heard.status == 429)
         assert served.total("routerd_attempts_total") == allowed
-        for name in {f"requests/{match}" for match in re.findall(r'per = "(\w+)"', _limits(limits))}:
-            spent = served.metric("routerd_quota_limit", provider="a", limit=name) - served.metric(
-                "routerd_quota_remaining", provider="a", limit=name
-            )
-            assert spent == allowed
+        for period in re.findall(r'per = "(\w+)"', _limits(limits)):
+            labels = {"provider": "a", "limit": f"requests/{period}"}
+            size, left = (served.metric(f"routerd_quota_{what}", **labels) for what in ("limit", "remaining"))
+            assert size - left == allowed
 
 
 async def test_calendar_minute(upstreams: Upstreams, tmp_path: Path) -> None:
     """A wall-clock minute is never overspent either, although this test may run into the next one."""
     upstream: ScriptedUpstream = await upstreams()
-    async with daemon(
-        config_text({"a": upstream}, defaults=HASTY, extra=_limits([CALENDAR_MINUTE])), tmp_path
-    ) as served:
+    text = config_text({"a": upstream}, defaults=HASTY, extra=_limits([CALENDAR_MINUTE]))
+    async with daemon(text, tmp_path) as served:
         answers = await _crowd(served.url)
 
         assert len(upstream.requests) == sum(heard.status == 200 for heard in answers)
@@ -135,16 +128,31 @@ async def test_hanging_up_gives_nothing_back(upstreams: Upstreams, tmp_path: Pat
         assert len(upstream.requests) == 20
 
 
-async def test_tokens_are_reserved_before_they_are_known(upstreams: Upstreams, tmp_path: Path) -> None:
-    """With room for ten answers of the length asked for, no more than ten are under way at once."""
-    used = Usage(input_tokens=15, output_tokens=985)
-    upstream: ScriptedUpstream = await upstreams(Turn(Answer(usage=used, pace_s=0.01)))
-    limits = _limits(['{ tokens = 10_200, per = "minute" }'])
+async def test_prompts_are_reserved_before_they_are_counted(upstreams: Upstreams, tmp_path: Path) -> None:
+    """What is under way counts at once: a crowd of long prompts never asks for more than the token allowance."""
+    upstream: ScriptedUpstream = await upstreams(Turn(Answer(text="Yes.", pace_s=0.01)))
+    limits = _limits(['{ tokens = 100_000, per = "minute" }'])
+    long = [{"role": "user", "content": "word " * 8_000}]  # about ten thousand tokens
     async with daemon(config_text({"a": upstream}, defaults=HASTY, extra=limits), tmp_path) as served:
-        answers = await _crowd(served.url, 50, max_tokens=985)
+        answers = await _crowd(served.url, 40, messages=long, max_tokens=10)
 
-        assert Counter(heard.status for heard in answers) == {200: 10, 429: 40}
-        assert len(upstream.requests) == 10
+        counts = Counter(heard.status for heard in answers)
+        assert counts[200] + counts[429] == 40
+        assert 5 <= counts[200] <= 10
+        assert served.total("routerd_tokens_total") <= 100_000
+
+
+async def test_unforeseen_tokens_are_a_debt(upstreams: Upstreams, tmp_path: Path) -> None:
+    """An answer longer than expected is charged in full, and everybody waits until that is paid off."""
+    upstream: ScriptedUpstream = await upstreams(Turn(Answer(usage=Usage(input_tokens=15, output_tokens=19_985))))
+    limits = _limits(['{ tokens = 10_000, per = "minute" }'])
+    async with daemon(config_text({"a": upstream}, defaults=HASTY, extra=limits), tmp_path) as served:
+        first = await hear(served.url)
+        second = await hear(served.url, HELLO | {"max_tokens": 10})
+
+        assert first.status == 200
+        assert second.status == 429
+        assert 55 <= int(second.headers["Retry-After"]) <= 65
 
 
 async def test_limit_for_some_models(upstreams: Upstreams, tmp_path: Path) -> None:

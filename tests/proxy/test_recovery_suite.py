@@ -119,7 +119,7 @@ def answer(text: str, variant: Variant) -> Answer:
 
 def model(text: str, variant: Variant) -> Callable[[Received], Turn]:
     """A healthy model with this wording."""
-    return lambda request: Turn(gone_on_with(answer(text, variant), request, (FIRST_TEXT, OTHER_TEXT)))
+    return lambda request: Turn(gone_on_with(answer(text, variant), request, (answer(FIRST_TEXT, variant),)))
 
 
 def faulty(fault: Fault, variant: Variant, pace_s: float) -> list[Turn | Callable[[Received], Turn]]:

@@ -163,9 +163,15 @@ Play = Callable[["Talk"], Awaitable[None]]
 
 
 class Talk:
-    """One request at a ``RawUpstream``, and the way to answer it. ``sent``: bytes the kernel has taken."""
+    """One request at a ``RawUpstream``, and the way to answer it. ``sent``: bytes the kernel has taken.
 
-    def __init__(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    ``path`` and ``headers`` (with lower-case names) are the request's.
+    """
+
+    def __init__(self, body: dict[str, Any], writer: asyncio.StreamWriter, head: bytes) -> None:
+        first, *lines = head.decode("latin-1").rstrip().split("\r\n")
+        self.path = first.split(" ")[1]
+        self.headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
         self.body = body
         self.sent = 0
         self._writer = writer
@@ -217,7 +223,7 @@ class RawUpstream:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-            talk = Talk(json.loads(await reader.readexactly(length)), writer)
+            talk = Talk(json.loads(await reader.readexactly(length)), writer, head)
             self.talks.append(talk)
             await self._play(talk)
         except ConnectionError:

@@ -83,6 +83,15 @@ class TestEveryStore:
 
             assert await store.load("quota") == {"a": b"4"}
 
+    async def test_an_empty_value_forgets(self, url: str, tmp_path: Path) -> None:
+        """The row is gone, unless it is written again after that."""
+        async with opened(url, tmp_path) as store:
+            await store.write([row("a", "1"), row("b", "1"), row("c", "1")])
+            await store.write([row("a", ""), row("b", ""), row("never there", ""), row("d", "2")])
+            await store.write([row("b", "3")])
+
+            assert await store.load("quota") == {"b": b"3", "c": b"1", "d": b"2"}
+
     async def test_a_closed_store_refuses(self, url: str, tmp_path: Path) -> None:
         """Closing twice is harmless; writing to it afterwards is not silent."""
         store = open_store(url, tmp_path)

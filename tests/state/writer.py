@@ -21,7 +21,7 @@ async def write_for_ever(folder: Path, number: str) -> None:
     async def write(name: str) -> None:
         for count in itertools.count(1):
             value = f"{number}.{count}"
-            await store.write([Row("quota", name, value.encode(), 0.0), Row("log", f"{name}.{value}", b"", 4e9)])
+            await store.write([Row("quota", name, value.encode(), 0.0), Row("log", f"{name}.{value}", b"-", 4e9)])
             print(name, value, flush=True)
 
     await asyncio.gather(*(write(f"writer{index}") for index in range(WRITERS)))

@@ -17,9 +17,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,7 @@ TOOLS = ("debootstrap", "systemd-nspawn", "nsenter")
 BOOT_S = 60.0
 COMMAND_S = 180.0
 CLONE_NEWNET = 0x40000000
+NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root", "--wd")
 PLATFORMS = ("manylinux_2_28", "manylinux_2_17", "manylinux2014")
 
 
@@ -110,7 +112,10 @@ class Machine:
     """Runs while the context lasts."""
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(_nspawn(image(), wheelhouse()), stdin=subprocess.DEVNULL)
+        self._leader = 0
+        command = _nspawn(image(), wheelhouse())
+        self._said = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said)
         try:
             self._leader = self._find_leader()
             self._inside = Inside(self._leader)
@@ -127,8 +132,13 @@ class Machine:
         self._kill()
 
     def _kill(self) -> None:
-        self._process.send_signal(signal.SIGKILL)
+        """The machine's first process, with which all others end; its own orderly end would take a while."""
+        if self._leader:
+            os.kill(self._leader, signal.SIGKILL)
+        else:
+            self._process.terminate()
         self._process.wait()
+        self._said.close()
 
     def _find_leader(self) -> int:
         """The process id of the machine's systemd, seen from outside, once it takes commands."""
@@ -139,21 +149,22 @@ class Machine:
                 if Path(f"/proc/{child}/root/run/systemd/private").exists():
                     return int(child)
             time.sleep(0.05)
-        raise RuntimeError("the machine does not boot")
+        self._said.seek(0)
+        raise RuntimeError(f"the machine does not boot: {self._said.read()[-2000:]}")
 
     def path(self, path: str) -> Path:
         """A file of the machine's, from outside."""
         return Path(f"/proc/{self._leader}/root") / path.lstrip("/")
 
-    def run(self, *command: str, check: bool = True, **environ: str) -> str:
+    def run(self, *command: str, check: bool = True, environ: Mapping[str, str] | None = None) -> str:
         """Run a command in the machine as root; its output, both streams. AssertionError if it fails."""
         base = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
         done = subprocess.run(
-            ("nsenter", f"--target={self._leader}", *"-m -u -i -n -p -C --root --wd=/".split(), "--", *command),
+            ("nsenter", f"--target={self._leader}", *NAMESPACES, "--", *command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=base | {"LANG": "C.UTF-8"} | environ,
+            env=base | {"LANG": "C.UTF-8"} | dict(environ or {}),
             timeout=COMMAND_S,
             text=True,
             check=False,

@@ -38,50 +38,60 @@ class Tally(msgspec.Struct):
     longest_s: float = 0.0
     failures: list[str] = msgspec.field(default_factory=list)
 
+    def count(self, began_at: float) -> None:
+        """One more request is over, which began at this monotonic time."""
+        self.done += 1
+        self.longest_s = max(self.longest_s, time.monotonic() - began_at)
+
     def __str__(self) -> str:
         return f"{self.done} requests, {len(self.failures)} failed, the slowest took {self.longest_s:.2f} s"
 
 
 class Streams:
-    """Streams that are open. ``began`` says how many have got content."""
+    """So many streams that are open at any time: where one ends, the next begins."""
 
     def __init__(self, url: str) -> None:
         self.tally = Tally()
-        self.began = 0
         self._url = url
+        self._began: set[int] = set()
+        self._over = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self, count: int) -> None:
-        """Open so many at once and wait until each has begun."""
-        already = self.began
-        self._tasks += [asyncio.ensure_future(self._one()) for _ in range(count)]
+        """Open them, and wait until each has got content."""
+        self._tasks = [asyncio.ensure_future(self._keep_open(number)) for number in range(count)]
         async with asyncio.timeout(WAIT_S):
-            while self.began < already + count:  # noqa: ASYNC110 - fifty at once need no event each
+            while len(self._began) < count:  # noqa: ASYNC110 - fifty at once need no event each
                 await asyncio.sleep(0.01)
 
     async def ended(self) -> Tally:
-        """Wait for the last byte of each."""
+        """Open no more, and wait for the last byte of each."""
+        self._over = True
         async with asyncio.timeout(WAIT_S):
             await asyncio.gather(*self._tasks)
         return self.tally
 
-    async def _one(self) -> None:
-        began_at = time.monotonic()
+    async def _keep_open(self, number: int) -> None:
+        while not self._over:
+            began_at = time.monotonic()
+            await self._one(number)
+            self.tally.count(began_at)
+
+    async def _one(self, number: int) -> None:
         body = streamed(messages=[{"role": "user", "content": SLOW}])
         data = b""
         try:
             async with (
                 aiohttp.ClientSession() as session,
-                session.post(self._url + CHAT, json=body, headers={"Content-Type": "application/json"}) as reply,
+                session.post(self._url + CHAT, json=body) as reply,
             ):
                 async for piece in reply.content.iter_any():
-                    self.began += b'"content"' in piece and b'"content"' not in data
                     data += piece
+                    if number not in self._began and b'"content"' in data:
+                        self._began.add(number)
             self._check(reply.status, data)
         except aiohttp.ClientError as error:
             self.tally.failures.append(f"{error!r} after {len(data)} bytes")
-        self.tally.done += 1
-        self.tally.longest_s = max(self.tally.longest_s, time.monotonic() - began_at)
 
     def _check(self, status: int, data: bytes) -> None:
         events = [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: {")]
@@ -121,5 +131,4 @@ async def _ask(session: aiohttp.ClientSession, url: str, tally: Tally) -> None:
             tally.failures.append(f"{reply.status}: {body[:300]!r}")
     except aiohttp.ClientError as error:
         tally.failures.append(repr(error))
-    tally.done += 1
-    tally.longest_s = max(tally.longest_s, time.monotonic() - began_at)
+    tally.count(began_at)
