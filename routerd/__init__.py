@@ -2,7 +2,7 @@
 
 A map of the house
 ------------------
-``canonical``   the words all share: events, frames, outcomes, failures, upstreams, limits. Frozen structs, no behaviour.
+``canonical``   the words all share: events, frames, outcomes, failures, upstreams, limits. Structs, no behaviour.
 
 Pure: they get bytes, structs, ``now``, ``wall`` and ``draw``, and never touch a clock, a socket or a random number.
 

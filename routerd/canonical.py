@@ -49,8 +49,8 @@ class Failure(msgspec.Struct, frozen=True):
 
     ``detail`` is always in our own words: an upstream's text never travels further than the classifier.
     ``status`` is the HTTP status seen (upstream side) or to be sent (client and router side).
-    ``cause`` is the outcome that decides what the breaker and the quota learn, where an answer had begun and the outcome
-    itself says too little: for an in-band error the one its code maps to.
+    ``cause`` is the outcome that decides what the breaker and the quota learn, where an answer had begun and the
+    outcome itself says too little: for an in-band error the one its code maps to.
     """
 
     outcome: Outcome

@@ -701,8 +701,8 @@ def _read_defaults(table: _Table) -> Defaults:
     defaults = Defaults(
         value_of_time_usd_per_s=table.read("prefer", _prefer, _prefer("balanced")),
         first_token_timeout_s=table.read("first_token_timeout", _duration(0.05, 3600), 60.0),
-        first_token_floor_s=table.read("first_token_floor", _duration(0.05, 3600), 10.0),
-        stall_floor_s=table.read("stall_floor", _duration(0.05, 3600), 10.0),
+        first_token_floor_s=table.read("min_first_token_timeout", _duration(0.05, 3600), 10.0),
+        stall_floor_s=table.read("min_stall_timeout", _duration(0.05, 3600), 10.0),
         stall_timeout_s=table.read("stall_timeout", _duration(0.05, 3600), 45.0),
         answer_timeout_s=table.read("answer_timeout", _duration(0.05, 86400), 600.0),
         max_wait_s=table.read("max_wait", _duration(0, 86400), 300.0),

@@ -23,8 +23,9 @@ well. So how the text was cut into deltas makes no difference to the outcome, an
 ``Splice`` is fed events and gives back those to send. It never gives a ``Start``: there was one. A ``document`` (the
 text as a whole must be JSON) has to be fed in one piece, and raises ``Diverged`` if the two parts do not make one.
 
-What is ugly: a repetition of less than ``OVERLAP_MIN`` characters cannot be told from chance, so it stays; and a model
-that goes on with the very words it ended with (a refrain) loses them once.
+What is ugly: a repetition of less than ``OVERLAP_MIN`` characters cannot be told from chance, so it stays, unless it is
+of all that was sent: to begin anew is likelier than a stammer. And a model that goes on with the very words it ended
+with (a refrain) loses them once.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class _Seam:
     def _repeated(self, text: str) -> int:
         """How many characters at the beginning of the text stand at the end of what was sent."""
         given = self._given
-        if text.startswith(given) and (_is_meant(given) or _ends_word(given, text)):
+        if text.startswith(given):
             return len(given)
         return overlap(self._end, text) if self._overlaps else 0
 
@@ -190,11 +191,6 @@ class _Seam:
 def _is_meant(repeated: str) -> bool:
     """True if it is long and varied enough not to be chance."""
     return len(repeated) >= OVERLAP_MIN and len(set(filter(str.isalnum, repeated))) >= OVERLAP_VARIETY_MIN
-
-
-def _ends_word(given: str, text: str) -> bool:
-    """True if so short a beginning is a word of its own in both: ``I`` and ``I will``, not ``ha`` and ``haha``."""
-    return given[-1:].isalpha() and not text[len(given) : len(given) + 1].isalnum()
 
 
 def overlap(sent: str, text: str) -> int:

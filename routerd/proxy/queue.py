@@ -15,7 +15,7 @@ from operator import attrgetter
 
 import msgspec
 
-TOGETHER_S = 0.02  # whose times are this close wait for the same thing, and go in the order of arrival
+SAME_TIME_S = 0.02  # whose times are this close wait for the same thing, and go in the order of arrival
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -91,9 +91,9 @@ class WaitingLine:
         return min(self._waiters, key=attrgetter("rank"))
 
     def _wake_due(self) -> None:
-        together_until = max(time.monotonic(), self._waiters[0].due) + TOGETHER_S
+        same_until = max(time.monotonic(), self._waiters[0].due) + SAME_TIME_S
         due = []
-        while self._waiters and self._waiters[0].due <= together_until:
+        while self._waiters and self._waiters[0].due <= same_until:
             due.append(heapq.heappop(self._waiters))
         for waiter in sorted(due, key=attrgetter("rank")):
             waiter.wake()

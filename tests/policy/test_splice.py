@@ -87,11 +87,10 @@ class TestPrefill:
         assert joined("prefill", "One.\n", "\n\nTwo.") == "One.\n\nTwo."
         assert joined("prefill", "One. ", "Two.") == "One. Two."
 
-    def test_a_short_beginning_is_an_echo_only_as_a_word(self) -> None:
-        """``I`` and ``I will`` share a word; ``ha`` and ``haha`` share letters."""
-        assert joined("prefill", "I", "I will.") == "I will."
-        assert joined("prefill", "ha", "haha!") == "hahaha!"
-        assert joined("prefill", "#", "# Title") == "## Title"
+    def test_however_little_was_sent_to_begin_with_it_is_to_begin_anew(self) -> None:
+        """That is likelier than a stammer."""
+        assert joined("prefill", "I", "It is.") == "It is."
+        assert joined("instructed", "Now f", "Now for it.") == "Now for it."
 
     def test_nothing_more_is_nothing_more(self) -> None:
         """The text was whole: only the end is added."""

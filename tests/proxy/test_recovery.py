@@ -388,7 +388,7 @@ async def test_a_limit_that_was_learned_is_not_the_last_word(upstreams: Upstream
     """Who suddenly takes longer is cut off once, and then waited for as long as the config allows."""
     slow = Turn(ANSWER, Fault("pause", "before_headers", seconds=0.5))
     upstream = await upstreams(*[Turn(OTHER)] * 10, slow, slow)
-    settings = 'first_token_timeout = "2s"\nfirst_token_floor = "250ms"\nstall_floor = "250ms"'
+    settings = 'first_token_timeout = "2s"\nmin_first_token_timeout = "250ms"\nmin_stall_timeout = "250ms"'
     async with daemon(config_text({"a": upstream}, defaults=settings), tmp_path) as served:
         for _ in range(10):
             await hear(served.url, streamed())
