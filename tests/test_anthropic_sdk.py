@@ -201,7 +201,7 @@ async def test_everybody_down(tmp_path: Path) -> None:
 
 async def test_server_tools_need_an_upstream_of_the_dialect(tmp_path: Path) -> None:
     """What only a vendor can run is refused in words where no upstream of the route speaks its API."""
-    search = {"type": "web_search_20250305", "name": "web_search"}
+    search: Any = {"type": "web_search_20250305", "name": "web_search"}
     async with served(tmp_path, "chat", Said(text=TEXT)) as running, sdk(running) as client:
         with pytest.raises(anthropic.BadRequestError, match="web_search"):
             await client.messages.create(**ASK, tools=[search])
@@ -270,7 +270,7 @@ async def test_openai_sdk_over_messages(tmp_path: Path) -> None:
         chunks = [chunk async for chunk in stream]
 
     (choice,) = whole.choices
-    (used,) = choice.message.tool_calls or ()
+    (used,) = list(choice.message.tool_calls or [])
     deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
     assert choice.message.content == TEXT == "".join(delta.content or "" for delta in deltas)
     assert choice.finish_reason == "tool_calls"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 
@@ -83,7 +83,7 @@ class Dialect(Protocol):
     paths: tuple[str, ...]  # downstream
     count_paths: tuple[str, ...]  # downstream, where a request's tokens are counted
     upstream_path: str  # appended to a provider's base URL
-    upstream_headers: dict[str, str]  # of every request to an upstream
+    upstream_headers: ClassVar[dict[str, str]]  # of every request to an upstream
     forwarded_headers: tuple[str, ...]
     key_header: str
     continuations: frozenset[str]

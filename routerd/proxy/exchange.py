@@ -34,6 +34,7 @@ REFUSALS_MAX = 256  # per exchange: so many refusals, each cheap and quick, do n
 ROUND_PAUSE_S = (0.5, 2.0, 5.0, 15.0)  # before everybody is tried again; the last value repeats
 PANIC_AFTER_S = 15.0  # with nobody else to ask, one whose breaker stays open for longer is tried again all the same
 TIMER_SLACK_S = 0.002  # the loop's timers count whole milliseconds, and may be early by one
+_VAGUE = frozenset({Code.BAD_REQUEST, Code.REJECTED})  # may have been an accident
 _MISFITS = frozenset({Code.UNSUPPORTED_FEATURE, Code.MODERATION})  # no later try and no other wording of ours helps
 
 
@@ -64,6 +65,8 @@ class Exchange:
         self._round_over_at: float | None = None  # since when nobody is left to try in this round
         self._tried: set[LiveUpstream] = set()  # in this round
         self._unfit: set[LiveUpstream] = set()  # for this request, whatever the round
+        self._doubted: set[LiveUpstream] = set()  # of the unfit: those that gave no reason, and may be asked once more
+        self._asked_twice = False
         self._failures: list[tuple[LiveUpstream, Failure]] = []
         self._step: Step | None = None  # what the last failure led to
         self._refusals = 0
@@ -297,6 +300,8 @@ class Exchange:
             self._no_prefill.add(live)  # it may still take the unchanged request, or one that asks in words
         else:
             self._unfit.add(live)
+            if failure.code in _VAGUE:
+                self._doubted.add(live)
 
     async def _deliver(self, attempt: Attempt) -> None:
         if self._arrival.head.stream:
@@ -331,6 +336,8 @@ class Exchange:
         began = self._clock()
         wait_s = self._pause_s(plan, began) if plan.all_tried else plan.wait_s
         if wait_s > self._waits_left_s or self._attempts_left <= 0:
+            if self._reconsider(wait_s):
+                return False
             if self._waited:
                 self._telemetry.recoveries.labels("wait", "failure").inc()
             await self._fail(self._nobody(plan, wait_s))
@@ -346,6 +353,15 @@ class Exchange:
         self.record.waited_s += waited_s
         self._telemetry.wait.labels(plan.reason).observe(waited_s)
         return False
+
+    def _reconsider(self, wait_s: float) -> bool:
+        """With all others gone for long, those that refused for no stated reason are asked once more."""
+        if self._asked_twice or not self._doubted or self._attempts_left <= 0 or math.isinf(wait_s):
+            return False
+        self._asked_twice = True
+        self._unfit -= self._doubted
+        self._tried |= self._doubted
+        return True
 
     def _pause_s(self, plan: Plan, now: float) -> float:
         """How much longer to leave in peace those who have just failed."""

@@ -14,7 +14,7 @@ from routerd.dialects.messages import DIALECT
 UPSTREAM = Upstream("vendor", 0, "model", "wire-model", "messages", 100_000, 8192, Price())
 USER = {"role": "user", "content": "Hi."}
 CALL = {"type": "tool_use", "id": "toolu_1", "name": "shell", "input": {}}
-RESULT = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "ok"}]}
+RESULT: Any = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "ok"}]}
 TOOL = {"name": "shell", "input_schema": {"type": "object", "properties": {"command": {"type": "string"}}}}
 THOUGHT = {"type": "thinking", "thinking": "Hm.", "signature": "seal"}
 
@@ -152,7 +152,7 @@ def test_thinking_that_is_demanded_is_put_back() -> None:
 def test_ids() -> None:
     """Ids of another vendor's making get a form that is accepted, the same for call and result, every time."""
     call = CALL | {"id": "functions.shell:0"}
-    result = {"role": "user", "content": [RESULT["content"][0] | {"tool_use_id": "functions.shell:0"}]}  # type: ignore[index]
+    result = {"role": "user", "content": [RESULT["content"][0] | {"tool_use_id": "functions.shell:0"}]}
     body = request(USER, {"role": "assistant", "content": [call]}, result)
     first, second = patched(body, Fix(call_id_limit=64)), patched(body, Fix(call_id_limit=64))
 
@@ -248,7 +248,7 @@ def test_odd_history_is_written_as_the_vendor_takes_it() -> None:
         {"role": "user", "content": [{"type": "text", "text": " "}, {"type": "text", "text": "a"}]},
         {"role": "user", "content": "b"},
         {"role": "assistant", "content": [CALL]},
-        {"role": "user", "content": [{"type": "text", "text": "and"}, RESULT["content"][0]]},  # type: ignore[index]
+        {"role": "user", "content": [{"type": "text", "text": "and"}, RESULT["content"][0]]},
     )
     turns = json.loads(DIALECT.encode_request(DIALECT.decode_request(body)))["messages"]
 
