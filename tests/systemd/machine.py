@@ -43,6 +43,10 @@ NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root
 PLATFORMS = ("manylinux_2_28", "manylinux_2_17", "manylinux2014")
 
 
+class CannotBoot(Exception):
+    """There is no machine to be had here: no network to build it from, or a kernel that does not let it run."""
+
+
 def why_not() -> str:
     """Why no machine can be booted here; empty if one can."""
     if os.geteuid() != 0:
@@ -71,7 +75,7 @@ def _once(path: Path) -> Iterator[Path | None]:
 
 
 def image() -> Path:
-    """The root folder of the machine, built if need be. CalledProcessError if that fails."""
+    """The root folder of the machine, built if need be. CannotBoot if that fails."""
     path = CACHE / f"{SUITE}-{_digest(PACKAGES)}"
     with _once(path) as building:
         if building is not None:
@@ -102,7 +106,7 @@ def _digest(text: str) -> str:
 def _run(*command: str) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
+        raise CannotBoot(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}")
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------
@@ -150,7 +154,7 @@ class Machine:
                     return int(child)
             time.sleep(0.05)
         self._said.seek(0)
-        raise RuntimeError(f"the machine does not boot: {self._said.read()[-2000:]}")
+        raise CannotBoot(f"the machine does not boot: {self._said.read()[-2000:]}")
 
     def path(self, path: str) -> Path:
         """A file of the machine's, from outside."""
