@@ -9,10 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from routerd.proxy.notify import CONNECTION, Inherited, Manager
+from routerd.proxy.notify import CONNECTION, FDS_MAX, Inherited, Manager
 
 MESSAGE_BYTES = 4096
-FDS_MAX = 16
 
 
 class FakeManager:

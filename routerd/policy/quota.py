@@ -132,6 +132,14 @@ class Block:
         if not self.stated or self.until <= now:
             self.until = -math.inf
 
+    def doubt(self, now: float) -> bool:
+        """End a guess, so that it can be tested; being wrong about it makes the next one no longer."""
+        if self.stated or self.until <= now:
+            return False
+        self.until = now
+        self.strikes -= 1
+        return True
+
 
 def guess_s(reason: Reason, strikes: int, wall: float, draw: float) -> float:
     """Seconds to stay away after ``strikes`` earlier refusals in a row that stated no time."""
@@ -367,6 +375,13 @@ class Quota:
                 if block is not None and (since is None or block.since <= since):
                     block.clear(now)
         self._blocks_changed(model, account_wide=True)
+
+    def doubt(self, model: str, now: float) -> bool:
+        """End what is only guessed, where nobody else is left to ask. True if there was anything to end."""
+        ended = [block.doubt(now) for (scope, _), block in self._blocks.items() if scope in (model, ACCOUNT)]
+        if any(ended):
+            self._blocks_changed(model, account_wide=True)
+        return any(ended)
 
     def _block(self, scope: str, reason: Reason) -> Block:
         block = self._blocks.get((scope, reason))

@@ -96,13 +96,13 @@ class Target:
         self.head = "\r\n".join([*lines, ""]).encode("latin-1") + _LENGTH
 
     def extended(self, headers: Mapping[str, str]) -> Target:
-        """The same with more headers, for one request. Those that do not fit on a line are left out."""
+        """The same with more headers, for one request. Those that could change its shape are left out."""
         target = Target.__new__(Target)
         target.origin = self.origin
         lines = [
             f"{name}: {value.strip()}\r\n"
             for name, value in headers.items()
-            if _NAME.fullmatch(name) and _VALUE.fullmatch(value)
+            if _NAME.fullmatch(name) and _VALUE.fullmatch(value) and name.lower() not in _FRAMING
         ]
         target.head = self.head.removesuffix(_LENGTH) + "".join(lines).encode("latin-1") + _LENGTH
         return target

@@ -11,6 +11,7 @@ import asyncio
 import math
 import random
 import time
+from collections.abc import Container
 from functools import partial
 
 import msgspec
@@ -66,7 +67,8 @@ class Exchange:
         self._tried: set[LiveUpstream] = set()  # in this round
         self._unfit: set[LiveUpstream] = set()  # for this request, whatever the round
         self._doubted: set[LiveUpstream] = set()  # of the unfit: those that gave no reason, and may be asked once more
-        self._asked_twice = False
+        self._reconsidered = False
+        self._patient: set[LiveUpstream] = set()  # had the configured limits once, whatever was learned
         self._failures: list[tuple[LiveUpstream, Failure]] = []
         self._step: Step | None = None  # what the last failure led to
         self._refusals = 0
@@ -108,7 +110,14 @@ class Exchange:
         over = False
         while not over:
             plan = self._plan()
-            over = await self._wait(plan) if plan.chosen is None else await self._try(plan, plan.chosen)
+            if plan.chosen is None:
+                over = await self._wait(plan)
+            elif not (plan.forced and self._has_failed(plan.chosen) and self._reconsider()):
+                over = await self._try(plan, plan.chosen)
+
+    def _has_failed(self, live: LiveUpstream, codes: Container[str] | None = None) -> bool:
+        """True if it failed in this exchange, in any way or with one of these codes."""
+        return any(other is live and (codes is None or failure.code in codes) for other, failure in self._failures)
 
     def _plan(self) -> Plan:
         return self._pool.planner.plan(
@@ -134,7 +143,8 @@ class Exchange:
             return False
         if ticket.face.dialect is self._arrival.dialect:
             ticket.headers = self._passed_on
-        if self._has_timed_out():
+        if self._has_failed(live, TIMEOUT_CODES) and live not in self._patient:
+            self._patient.add(live)  # a limit learned from better days may be what cut it off: once it gets all of it
             ticket.limits = live.account.limits
         self._note_dispatch(live)
         attempt = self._attempt(ticket)
@@ -150,10 +160,6 @@ class Exchange:
             return await self._recover(attempt, failure)
         await self._deliver(attempt)
         return True
-
-    def _has_timed_out(self) -> bool:
-        """A limit learned from an upstream's better days may be what cut the last attempt: the next gets all of it."""
-        return any(failure.code in TIMEOUT_CODES for _, failure in self._failures)
 
     def _note_dispatch(self, live: LiveUpstream) -> None:
         upstream = live.upstream
@@ -336,7 +342,7 @@ class Exchange:
         began = self._clock()
         wait_s = self._pause_s(plan, began) if plan.all_tried else plan.wait_s
         if wait_s > self._waits_left_s or self._attempts_left <= 0:
-            if self._reconsider(wait_s):
+            if not math.isinf(wait_s) and self._reconsider():
                 return False
             if self._waited:
                 self._telemetry.recoveries.labels("wait", "failure").inc()
@@ -354,14 +360,19 @@ class Exchange:
         self._telemetry.wait.labels(plan.reason).observe(waited_s)
         return False
 
-    def _reconsider(self, wait_s: float) -> bool:
-        """With all others gone for long, those that refused for no stated reason are asked once more."""
-        if self._asked_twice or not self._doubted or self._attempts_left <= 0 or math.isinf(wait_s):
+    def _reconsider(self) -> bool:
+        """Nobody is left who is likely to serve this in time. So whoever refused without a reason, or is shut out by no
+        more than a guess at its quota, is asked once more; False if there is none such, or it has been done.
+        """
+        if self._reconsidered or self._attempts_left <= 0:
             return False
-        self._asked_twice = True
+        self._reconsidered = True
         self._unfit -= self._doubted
         self._tried |= self._doubted
-        return True
+        now = self._clock()
+        lives = self._arrival.route.upstreams()
+        ended = [live.account.quota.doubt(live.upstream.wire_model, now) for live in lives]
+        return bool(self._doubted) or any(ended)
 
     def _pause_s(self, plan: Plan, now: float) -> float:
         """How much longer to leave in peace those who have just failed."""

@@ -21,6 +21,7 @@ from collections.abc import MutableMapping, Sequence
 import msgspec
 
 FIRST_FD = 3  # sd_listen_fds(3): inherited descriptors begin here
+FDS_MAX = 200  # in one message; Linux allows 253
 CONNECTION = "connection"  # the name of handed-over connections in the manager's store
 READY = "READY=1"
 STOPPING = "STOPPING=1"
@@ -59,9 +60,9 @@ class Manager:
         """A reload begins; ``READY`` ends it, whatever came of it."""
         self.tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
-    def keep(self, fd: int) -> bool:
-        """Hand a connection over to the next process. The manager then holds a copy; False if it does not."""
-        return self._send(f"FDSTORE=1\nFDNAME={CONNECTION}", (fd,))
+    def keep(self, fds: Sequence[int]) -> bool:
+        """Hand at most ``FDS_MAX`` connections over to the next process; False if the manager took none of them."""
+        return self._send(f"FDSTORE=1\nFDNAME={CONNECTION}", fds)
 
     def close(self) -> None:
         if self._socket is not None:

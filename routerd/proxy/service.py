@@ -44,7 +44,7 @@ from aiohttp import web
 from routerd import __version__
 from routerd.config import Config, ConfigError, Listen, Problem, ProviderConfig
 from routerd.proxy.app import App
-from routerd.proxy.notify import FORGET_CONNECTIONS, READY, STOPPING, WATCHDOG, Manager, take
+from routerd.proxy.notify import FDS_MAX, FORGET_CONNECTIONS, READY, STOPPING, WATCHDOG, Manager, take
 from routerd.proxy.pool import Pool
 from routerd.proxy.simulated import Script, SimulatedServer, turn_for
 from routerd.state import StateError, Store, open_store
@@ -418,8 +418,9 @@ class Service:
     async def _let_go(self) -> None:
         """Until no connection is left, or nobody wants to wait any longer."""
         while connections := self._connector.connections:
-            for connection in connections:
-                self._let_go_of(connection)
+            idle = [connection for connection in connections if _idle(connection)]
+            for connection in self._handed_over(idle) or self._forsaken(idle):
+                connection.force_close()
             if await self._hurried(DRAIN_TICK_S):
                 return
 
@@ -429,24 +430,30 @@ class Service:
                 return await self._hurry.wait()
         return False
 
-    def _let_go_of(self, connection: web.RequestHandler) -> None:
-        """Of a connection that is idle: to the next process where there will be one, else by closing it in time."""
-        transport = connection.transport
-        if transport is None or not _idle(connection):
-            self._idle_since.pop(connection, None)
-            return
-        fd = transport.get_extra_info("socket").fileno()
+    def _handed_over(self, idle: list[web.RequestHandler]) -> list[web.RequestHandler]:
+        """Those of the idle that the manager has taken: all, if there is one that will start the next process."""
+        if not self._manager.inherited.listening:
+            return []
+        batches = [idle[start : start + FDS_MAX] for start in range(0, len(idle), FDS_MAX)]
+        return [one for batch in batches if self._manager.keep([_fd(one) for one in batch]) for one in batch]
+
+    def _forsaken(self, idle: list[web.RequestHandler]) -> list[web.RequestHandler]:
+        """Those that have been idle for long enough to be closed."""
         now = time.monotonic()
-        idle_s = now - self._idle_since.setdefault(connection, now)
-        handed_over = bool(self._manager.inherited.listening) and self._manager.keep(fd)
-        if handed_over or (idle_s >= IDLE_GRACE_S and not _readable(fd)):
-            connection.force_close()
+        self._idle_since = {one: self._idle_since.get(one, now) for one in idle}
+        return [one for one in idle if now - self._idle_since[one] >= IDLE_GRACE_S and not _readable(_fd(one))]
 
 
 def _idle(connection: web.RequestHandler) -> bool:
     """True if it is waiting for a request and has nothing of one: aiohttp has no public word for that."""
     waiter = connection._waiter  # noqa: SLF001
-    return waiter is not None and not waiter.done() and not connection._messages  # noqa: SLF001
+    waiting = waiter is not None and not waiter.done() and not connection._messages  # noqa: SLF001
+    return waiting and connection.transport is not None
+
+
+def _fd(connection: web.RequestHandler) -> int:
+    transport = cast("asyncio.Transport", connection.transport)
+    return cast("int", transport.get_extra_info("socket").fileno())
 
 
 def _readable(fd: int) -> bool:

@@ -328,6 +328,15 @@ def test_no_header_can_change_the_requests_shape(name: str, value: str) -> None:
     assert "secret" not in str(caught.value)
 
 
+def test_a_request_may_have_headers_of_its_own() -> None:
+    """They are a client's, so one that would change the request's shape is left out instead of refused."""
+    target = Target("http://a", {})
+    extended = target.extended({"x-beta": " b ", "x-c": "d\r\nx-e: f", "x g": "h", "Transfer-Encoding": "chunked"})
+
+    assert extended.origin == target.origin
+    assert extended.head == target.head.replace(b"Content-Length: ", b"x-beta: b\r\nContent-Length: ")
+
+
 @pytest.mark.parametrize(
     "url", ["ftp://a", "http://", "a/b", "http://a b/", "http://a:99999/", "http://user:secret@a/", "http://a\\b/"]
 )

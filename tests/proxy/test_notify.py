@@ -21,7 +21,7 @@ def test_without_a_manager_there_is_nothing_and_nobody_minds() -> None:
     assert manager.inherited == Inherited()
     assert manager.watchdog_s is None
     assert not manager.tell("READY=1")
-    assert not manager.keep(0)
+    assert not manager.keep([0])
 
 
 def test_what_the_manager_said_is_for_no_child() -> None:

@@ -410,3 +410,29 @@ async def test_a_probe_is_counted(upstreams: Upstreams, tmp_path: Path) -> None:
 
         assert served.metric("routerd_breaker_state", provider="a", model=MODEL, state="closed") == 1
         assert len(faulty.requests) == 2
+
+
+async def test_a_guess_about_a_quota_is_tested_when_nobody_else_is_left(upstreams: Upstreams, tmp_path: Path) -> None:
+    """A refusal for want of money shuts an upstream out for an hour; but not if that would be the end."""
+    broke = Turn(fault=Fault("status", status=402))
+    servers = {"a": await upstreams(broke, Turn(ANSWER)), "b": await upstreams(broke, broke)}
+    async with daemon(config_text(servers), tmp_path) as served:
+        heard = await hear(served.url, streamed())
+
+        assert said(heard) == TEXT
+        assert attempts(served) == [("a", "exhausted"), ("b", "exhausted"), ("a", "success")]
+        assert served.exchanges[0]["duration_s"] < 1.0
+
+
+async def test_a_refusal_without_a_reason_is_doubted_when_nobody_else_is_left(
+    upstreams: Upstreams, tmp_path: Path
+) -> None:
+    """It may have been an accident; with all others shut out for long it is worth a second question."""
+    limited = Turn(fault=Fault("status", status=429, headers=(("retry-after", "3600"),)))
+    odd = Turn(fault=Fault("status", status=400))
+    servers = {"a": await upstreams(limited), "b": await upstreams(odd, Turn(ANSWER))}
+    async with daemon(config_text(servers), tmp_path) as served:
+        heard = await hear(served.url, streamed())
+
+        assert said(heard) == TEXT
+        assert attempts(served) == [("a", "rate_limited"), ("b", "unsupported"), ("b", "success")]

@@ -117,6 +117,22 @@ async def test_who_came_first_goes_first(upstreams: Upstreams, tmp_path: Path) -
         assert _waited(served, "quota")[0] >= 3
 
 
+async def test_what_is_given_back_is_taken_at_once(upstreams: Upstreams, tmp_path: Path) -> None:
+    """A request that used less than was set aside for it lets the next one go long before the bucket refills."""
+    used = Answer(text="Short.", usage=Usage(input_tokens=10, output_tokens=2), pace_s=0.05)
+    upstream: ScriptedUpstream = await upstreams(Turn(used))
+    limits = 'limits = [ { tokens = 6_000, per = "minute" } ]'
+    long = HELLO | {"messages": [{"role": "user", "content": "word " * 3_000}]}  # about four thousand tokens
+    async with daemon(config_text({"a": upstream}, extra=limits), tmp_path) as served:
+        first = asyncio.create_task(hear(served.url, long))
+        await upstream.requested(1)
+        second = await hear(served.url, long)
+
+        assert first.done()
+        assert second.status == 200
+        assert 0 < served.exchanges[1]["waited_s"] < 5
+
+
 async def test_nobody_is_held_by_what_another_one_needs(upstreams: Upstreams, tmp_path: Path) -> None:
     """An image waits for the one upstream that sees; a text that came later goes on with the other one meanwhile."""
     sees: ScriptedUpstream = await upstreams(limited(2), Turn())

@@ -22,7 +22,7 @@ from tests.fakes import ScriptedUpstream
 from tests.proxy.wire import Heard, get, hear
 from tests.rig import HELLO, config_text
 from tests.systemd.machine import CannotBoot, Machine, why_not
-from tests.systemd.traffic import Streams, Tally, steady_load, turn
+from tests.systemd.traffic import Idlers, Streams, Tally, steady_load, turn
 
 pytestmark = [
     pytest.mark.real,
@@ -37,6 +37,7 @@ URL = "http://127.0.0.1:8080"
 CONFIG = "/etc/routerd/routerd.toml"
 LOCAL = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels"}
 DAILY = 'limits = [{ requests = 1000000, per = "day", resets = "UTC" }]'
+LOCAL_8080 = "0100007F:1F90 01 "  # the far end of an established connection, as /proc/net/tcp has it
 WAIT_S = 30.0
 
 
@@ -238,6 +239,14 @@ class TestReload:
         assert service.show(UNIT, "MainPID") == process
         assert metrics(service)['routerd_config_reloads_total{result="success"}'] == 1
 
+    def test_it_is_not_noticed(self, service: Machine) -> None:
+        """Under load, again and again."""
+        with Load(service, 20) as load:
+            for _ in range(3):
+                service.run("systemctl", "reload", UNIT)
+
+        load.report("three reloads")
+
     def test_a_bad_one_is_refused_and_the_command_says_so(self, service: Machine) -> None:
         """The old one stays in force; what is wrong is in the journal, path by path."""
         since = now(service)
@@ -262,6 +271,10 @@ class TestReload:
         assert service.show(UNIT, "NRestarts") == "0"
 
 
+async def _make_idlers() -> Idlers:
+    return Idlers(URL)
+
+
 class TestRestart:
     def test_no_request_fails_and_no_stream_is_cut(self, service: Machine) -> None:
         """Fifty open streams, short requests all the time on kept and on new connections, and a restart."""
@@ -273,6 +286,20 @@ class TestRestart:
 
         assert service.show(UNIT, "MainPID") != before
         load.report(f"restart in {took_s:.1f} s")
+
+    def test_connections_that_are_kept_alive_outlive_it(self, service: Machine) -> None:
+        """All of them: the next request goes into the same connection, to another process."""
+        idlers = service.do(_make_idlers())
+        service.do(idlers.ask(300))
+        ends = service.run("cat", "/proc/net/tcp").count(LOCAL_8080)
+        service.run("systemctl", "restart", UNIT)
+        kept = service.run("cat", "/proc/net/tcp").count(LOCAL_8080)
+        tally = service.do(idlers.ask(300))
+        service.do(idlers.close())
+
+        print(f"\nkept alive over a restart: {kept} of {ends} connections; {tally}")
+        assert kept == ends
+        assert tally.failures == []
 
     def test_an_upgrade_does_neither(self, service: Machine) -> None:
         """``make install`` once more, under load: configuration and state stay, the old version is gone."""

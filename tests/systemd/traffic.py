@@ -132,3 +132,20 @@ async def _ask(session: aiohttp.ClientSession, url: str, tally: Tally) -> None:
     except aiohttp.ClientError as error:
         tally.failures.append(repr(error))
     tally.count(began_at)
+
+
+class Idlers:
+    """Connections that have had an answer each and are kept for the next request."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+
+    async def ask(self, count: int) -> Tally:
+        """So many requests at once."""
+        tally = Tally()
+        await asyncio.gather(*(_ask(self._session, self._url, tally) for _ in range(count)))
+        return tally
+
+    async def close(self) -> None:
+        await self._session.close()
