@@ -49,6 +49,12 @@ Hedge = Literal["off", "free", "paid"]
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_SECRET_BYTES = 64 * 1024
 MAX_NAME_LENGTH = 200
+FRAMING_HEADERS = frozenset(
+    (
+        *("connection", "content-length", "expect", "keep-alive", "proxy-connection", "te", "trailer"),
+        *("transfer-encoding", "upgrade"),
+    )
+)
 MAX_KEYS = 64  # in one provider's pool
 NEAR_NAMES = 3
 
@@ -993,6 +999,8 @@ class _Providers:
             value = written.read(name, self._header, "")
             if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
                 written.problem(name, "is no name of an HTTP header")
+            if name.lower() in FRAMING_HEADERS:
+                written.problem(name, "says how a message is framed, which is not for a config to say; leave it out")
             headers[name] = value
         return headers
 

@@ -166,7 +166,9 @@ class Turn(NamedTuple):
         text = f"{opening} step {self.number} of task {self.task}. It needs {words}."
         shared = random.Random(f"{self.task} {self.number}")
         count = 0 if self.number == TURNS - 1 or draw.random() < 0.02 else shared.choice((0, 1, 1, 1, 1, 2))
-        calls = tuple(orjson.dumps({"command": f"echo {shared.choice(WORDS)} {place}"}).decode() for place in range(count))
+        calls = tuple(
+            orjson.dumps({"command": f"echo {shared.choice(WORDS)} {place}"}).decode() for place in range(count)
+        )
         return Said("" if calls and shared.random() < 0.3 else text, calls)
 
 
@@ -207,7 +209,9 @@ def streamed(said: Said, draw: random.Random) -> list[Piece]:
         at += size
     for index, arguments in enumerate(said.calls):
         function = {"name": "terminal", "arguments": ""}
-        events.append(chunk({"tool_calls": [{"index": index, "id": f"call_{draw.getrandbits(40):x}", "function": function}]}))
+        events.append(
+            chunk({"tool_calls": [{"index": index, "id": f"call_{draw.getrandbits(40):x}", "function": function}]})
+        )
         half = len(arguments) // 2
         for part in (arguments[:half], arguments[half:]):
             events.append(chunk({"tool_calls": [{"index": index, "function": {"arguments": part}}]}))
@@ -328,7 +332,9 @@ class Upstream:
         if fault == "html":
             return Reply(200, [Piece(0.0, HTML), Piece(0.0, b"", "clean")])
         if fault == "json body":
-            return Reply(200, [Piece(0.5, b'{"id": "1", "object": "chat.completion", "choices": []}'), Piece(0.0, b"", "clean")])
+            return Reply(
+                200, [Piece(0.5, b'{"id": "1", "object": "chat.completion", "choices": []}'), Piece(0.0, b"", "clean")]
+            )
         said = self._said(asked)
         spoiled = _SPOILS[fault](said) if fault in _SPOILS else said
         pieces = streamed(spoiled, self._draw)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -40,6 +41,9 @@ _ENDING = Failure(
     status=503,
     code="restarting",
     retry_after_s=1.0,
+)
+_BUG = Failure(
+    Outcome.UNAVAILABLE, Side.ROUTER, "an error inside routerd; its log says where", status=500, code="internal"
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -136,6 +140,10 @@ class App:
                 raise
             with contextlib.suppress(ClientGone):
                 await exchange.downstream.fail(_ENDING)
+        except Exception as error:  # noqa: BLE001 - the last boundary: a mistake of ours is told in the client's dialect
+            self._telemetry.log.error("bug", exchange=exchange.record.id, kind=type(error).__name__, at=_place(error))
+            with contextlib.suppress(ClientGone):
+                await exchange.downstream.fail(_BUG)
         finally:
             pool.leave()
             del self._running[task]
@@ -258,6 +266,12 @@ class App:
 
     async def _not_found(self, request: web.Request) -> web.Response:
         return _error(404, "not_found", f"nothing is served at {request.method} {request.path[:200]}")
+
+
+def _place(error: BaseException) -> str:
+    """Where an exception was raised; its text may quote what a person wrote, so that is left out."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def _json(value: object, *, status: int = 200) -> web.Response:

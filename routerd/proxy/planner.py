@@ -94,9 +94,7 @@ class Planner:
                 return self._choose(survey, route, head, now, draw)
         return self._nobody(survey, now)
 
-    def obstacle(
-        self, route: LiveRoute, live: LiveUpstream, head: Head, *, now: float, wall: float
-    ) -> Obstacle | None:
+    def obstacle(self, route: LiveRoute, live: LiveUpstream, head: Head, *, now: float, wall: float) -> Obstacle | None:
         """Why this request would not go to this upstream of the route now; None if it may. Takes nothing."""
         survey = _Survey(route)
         if not self._fits(survey, live.upstream, head):
