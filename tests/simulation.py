@@ -2,11 +2,11 @@
 
 Theory of operation
 -------------------
-What runs here is the product: ``Exchange``, ``Attempt``, ``Pool`` and all that they call, with the policies, the dialect
-and the ledgers behind them. Only the two sockets are replaced (an upstream's reply and the client's response are kept in
-memory), and the clock: the loop's time jumps to the next timer when nothing is left to do, and ``time.monotonic`` and
-``time.time`` say the same. So an hour of an agent's work takes a fraction of a second, and the same seed makes the same
-hour again.
+What runs here is the product: ``Exchange``, ``Attempt``, ``Pool`` and all that they call, with the policies, the
+dialect and the ledgers behind them. Only the two sockets are replaced (an upstream's reply and the client's response
+are kept in memory), and the clock: the loop's time jumps to the next timer when nothing is left to do, and
+``time.monotonic`` and ``time.time`` say the same. So an hour of an agent's work takes a fraction of a second, and the
+same seed makes the same hour again.
 
 *Upstreams* fail like real ones, at the rates in ``RATES``: one request in twenty has some fault, each is out of order
 now and then for minutes, and now and then the whole box has no network. Each has a wording of its own for the same
@@ -174,9 +174,9 @@ class Turn(NamedTuple):
 
 OPENINGS = ("I take up", "Now for", "Let me look at", "On to")
 WORDS = (
-    "care time patience [brackets] a-list; some|pipes \n\nlines {curly} the files a look another word numbers 12345 "
-    "to be done again and again until it works"
-).split(" ")
+    *("care", "time", "patience", "[brackets]", "a-list;", "some|pipes", "\n\nlines", "{curly}", "the", "files", "a"),
+    *("look", "another", "word", "numbers", "12345", "to", "be", "done", "again", "and", "until", "it", "works"),
+)
 
 
 def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
@@ -213,8 +213,10 @@ def streamed(said: Said, draw: random.Random) -> list[Piece]:
             chunk({"tool_calls": [{"index": index, "id": f"call_{draw.getrandbits(40):x}", "function": function}]})
         )
         half = len(arguments) // 2
-        for part in (arguments[:half], arguments[half:]):
-            events.append(chunk({"tool_calls": [{"index": index, "function": {"arguments": part}}]}))
+        events += [
+            chunk({"tool_calls": [{"index": index, "function": {"arguments": part}}]})
+            for part in (arguments[:half], arguments[half:])
+        ]
     events += [chunk({}, "tool_calls" if said.calls else "stop"), DONE]
     pieces = []
     while events:
@@ -579,7 +581,8 @@ class World:
         names = ("a", "ollama", "c")  # the second is one that goes on writing a trailing turn
         models = '[providers.%s.models]\n"model" = { context = 131072, input = 1, output = 2 }\n'
         providers = "".join(
-            f'[providers.{name}]\nbase_url = "http://{name}.invalid/v1"\ndialect = "chat"\napi_key = "k"\n{models % name}'
+            f'[providers.{name}]\nbase_url = "http://{name}.invalid/v1"\ndialect = "chat"\napi_key = "k"\n'
+            + models % name
             for name in names
         )
         tiers = ", ".join(f'"{name}/model"' for name in names)
@@ -673,7 +676,10 @@ class Tally(msgspec.Struct):
 
     def row(self) -> str:
         ordered = sorted(self.seconds) or [math.nan]
-        at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731
+
+        def at(share: float) -> float:
+            return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
         return (
             f"{self.way:<11} {self.finished / self.tasks:8.2%} {self.delivered / self.turns:10.4%} "
             f"{self.delivered / max(1, self.servable):10.4%} {self.patched:8d} {self.corrupted:10d} "
@@ -706,7 +712,7 @@ class Agent:
             await asyncio.sleep(THINKING_S)
         return True
 
-    async def _turn(self, turn: Turn) -> bool:
+    async def _turn(self, turn: Turn) -> bool:  # noqa: C901 - Hermes' own retry loop, kept in the order it has there
         """One turn with all the retries that Hermes makes; False if the task died of it."""
         tally, began = self._tally, time.monotonic()
         tally.turns += 1

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
-from routerd.proxy.drill import gone_on_with
 from routerd.proxy.simulated import Answer, Fault, Received, Turn
+from tests.continuing import gone_on_with
 from tests.fakes import ScriptedUpstream, call
 from tests.hermes_rig import HermesResult, run_hermes
 from tests.rig import Daemon, config_text, daemon

@@ -25,8 +25,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from routerd.canonical import End, Event, Finish, ReasoningDelta, Start, TextDelta, ToolDelta, ToolStart, UsageReport
 from routerd.dialects import DIALECTS
-from routerd.proxy.drill import gone_on_with
 from routerd.proxy.simulated import PLACED_KINDS, PLACES, Answer, Call, Fault, Kind, Place, Received, Turn
+from tests.continuing import gone_on_with
 from tests.fakes import ScriptedUpstream
 from tests.proxy.wire import Heard, hear
 from tests.rig import HELLO, MODEL, WEATHER, Daemon, daemon, provider

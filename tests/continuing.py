@@ -1,4 +1,4 @@
-"""placeholder"""
+"""What a scripted model says when it is asked to go on with an answer that broke off."""
 
 from __future__ import annotations
 
