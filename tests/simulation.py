@@ -58,6 +58,7 @@ from routerd.telemetry import Telemetry
 TURNS = 50
 AGENTS = 4  # at work side by side
 WALL_S = 1_800_000_000.0  # when it begins
+MOMENT_S = 1e-6  # a turn of the loop: time never stands still
 THINKING_S = 4.0  # an agent's own work between two turns: its tools
 PATIENCE_S = 900.0  # of Hermes with a silent stream on this machine
 REMOTE_PATIENCE_S = 180.0  # and elsewhere
@@ -104,14 +105,14 @@ NETWORK_UPTIME_S, NETWORK_OUTAGE_S = 24 * 3600.0, 45.0  # of the box itself
 
 
 class _Jump(selectors.DefaultSelector):
-    """Nothing is ever ready: waiting is over at once, and takes the time that was asked for."""
+    """Nothing is ever ready: waiting is over at once, and takes the time that was asked for, or a moment."""
 
     now = 0.0
 
     def select(self, timeout: float | None = None) -> list[Any]:
         if timeout is None:
             raise RuntimeError("everybody waits for something that will never happen")
-        self.now += max(timeout, 0.0)
+        self.now += max(timeout, MOMENT_S)
         return []
 
 
@@ -656,7 +657,37 @@ BACKOFF_S = (2.5, 5.0)
 QUICK_RETRIES, QUICK_S = 2, 0.2
 CONTINUATIONS = 4
 BAD_CALLS = 4
+WAITS = 2
 RETRY_AFTER_MAX_S = 600.0
+
+
+class Habits:
+    """What Hermes does about a request that went wrong, and how often. ``continued``: texts it had to patch."""
+
+    def __init__(self) -> None:
+        self.continued = 0
+        self._quick = QUICK_RETRIES
+        self._outer = self._waits = self._bad_calls = 0
+
+    def after(self, heard: Heard, got: Read | None) -> float | None:
+        """Seconds until it asks again; None: it gives up."""
+        if heard.status in DEADLY:
+            return None
+        if got is not None and got.begun_calls:
+            self._bad_calls += 1
+            return 0.0 if self._bad_calls < BAD_CALLS else None
+        if got is not None and got.text:
+            self.continued += 1
+            return 0.0 if self.continued <= CONTINUATIONS else None
+        if got is not None and self._quick:
+            self._quick -= 1
+            return QUICK_S
+        self._quick = QUICK_RETRIES
+        if heard.status == 429 and heard.retry_after_s:
+            self._waits += 1
+            return min(heard.retry_after_s, RETRY_AFTER_MAX_S) if self._waits <= WAITS else None
+        self._outer += 1
+        return BACKOFF_S[self._outer - 1] if self._outer <= len(BACKOFF_S) else None
 
 
 class Tally(msgspec.Struct):
@@ -668,7 +699,7 @@ class Tally(msgspec.Struct):
     turns: int = 0
     delivered: int = 0  # whole, at the first request
     servable: int = 0  # delivered, or somebody could have
-    patched: int = 0  # the agent has patched a broken text together by itself
+    patched: int = 0  # finished, but the agent had to patch a broken text together by itself
     corrupted: int = 0  # taken for whole, and not what any upstream says
     requests: int = 0  # at upstreams
     seconds: list[float] = msgspec.field(default_factory=list)  # of each turn
@@ -712,52 +743,28 @@ class Agent:
             await asyncio.sleep(THINKING_S)
         return True
 
-    async def _turn(self, turn: Turn) -> bool:  # noqa: C901 - Hermes' own retry loop, kept in the order it has there
+    async def _turn(self, turn: Turn) -> bool:
         """One turn with all the retries that Hermes makes; False if the task died of it."""
         tally, began = self._tally, time.monotonic()
         tally.turns += 1
-        outer = waits = continued = bad_calls = 0
-        quick = QUICK_RETRIES
-        first = True
+        habits, first = Habits(), True
         while True:
             heard = await self._ask(turn)
             got = read(heard) if heard.status == 200 else None
             whole = self._is_whole(heard, got)
-            if whole and not continued and got is not None:
-                self._check(turn, got)
             if first:
                 self._note_first(began, heard, delivered=whole)
-            first = False
-            if whole:
+            if whole and got is not None:
+                tally.patched += habits.continued > 0
+                if not habits.continued:
+                    self._check(turn, got)
                 tally.seconds.append(time.monotonic() - began)
                 return True
-            if heard.status in DEADLY:
+            pause_s = habits.after(heard, got)
+            if pause_s is None:
                 return False
-            if got is None or not (got.text or got.begun_calls):
-                if got is not None and quick:
-                    quick -= 1
-                    await asyncio.sleep(QUICK_S)
-                    continue
-                quick = QUICK_RETRIES
-                if heard.status == 429 and heard.retry_after_s:
-                    waits += 1
-                    if waits > 2:
-                        return False
-                    await asyncio.sleep(min(heard.retry_after_s, RETRY_AFTER_MAX_S))
-                    continue
-                if outer == len(BACKOFF_S):
-                    return False
-                await asyncio.sleep(BACKOFF_S[outer])
-                outer += 1
-            elif got.begun_calls:
-                bad_calls += 1
-                if bad_calls == BAD_CALLS:
-                    return False
-            else:
-                tally.patched += not continued
-                continued += 1
-                if continued > CONTINUATIONS:
-                    return False
+            first = False
+            await asyncio.sleep(pause_s)
 
     async def _ask(self, turn: Turn) -> Heard:
         try:

@@ -31,7 +31,7 @@ from tests.fakes import ScriptedUpstream
 from tests.proxy.wire import Heard, hear
 from tests.rig import HELLO, MODEL, WEATHER, Daemon, daemon, provider
 
-LIMIT_S = 0.25  # for the first token, and for silence after it
+LIMIT_S = 0.6  # for the first token, and for silence after it
 PACE_S = 0.002  # between the events of the faulty one, so that each is a read of its own
 SPARE_S = 1.0  # what a recovery may cost beyond the limits and pauses it has to keep
 PAUSE_S = 0.5  # before the only upstream there is is asked again
