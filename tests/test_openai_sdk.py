@@ -190,7 +190,7 @@ async def test_wrong_token(upstreams: Upstreams, tmp_path: Path) -> None:
 
 FINAL: dict[str, tuple[Fault, type[openai.APIStatusError]]] = {
     "401": (Fault("status", status=401), openai.InternalServerError),
-    "402": (Fault("status", status=402), openai.RateLimitError),
+    "402": (Fault("status", status=402), openai.InternalServerError),  # says nothing of when it ends
     "404": (Fault("status", status=404), openai.InternalServerError),
     "429": (Fault("status", status=429, headers=(("retry-after", "3600"),)), openai.RateLimitError),
     "500": (Fault("status", status=500), openai.InternalServerError),
