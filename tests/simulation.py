@@ -294,7 +294,7 @@ FOREVER = Piece(1e9, b"")
 class Upstream:
     """A vendor's server with its habits and its bad days."""
 
-    def __init__(self, index: int, seed: str, network: Outages) -> None:
+    def __init__(self, index: int, seed: str, network: Outages, harshness: int) -> None:
         self.index = index
         self.requests = 0
         self._draw = random.Random(f"{seed} {index}")
@@ -304,7 +304,7 @@ class Upstream:
         self._limits = []
         total = 0
         for rate in RATES.values():
-            total += rate
+            total += rate * harshness
             self._limits.append(total)
 
     def up(self, now: float) -> bool:
@@ -576,9 +576,9 @@ class FirstByteExchange(Exchange):
 class World:
     """Upstreams, and a pool over them."""
 
-    def __init__(self, seed: str, folder: Path, delivery: str) -> None:
+    def __init__(self, seed: str, folder: Path, delivery: str, harshness: int) -> None:
         network = Outages(random.Random(f"{seed} network"), NETWORK_UPTIME_S, NETWORK_OUTAGE_S, (("down", 1),))
-        self.upstreams = [Upstream(index, seed, network) for index in range(3)]
+        self.upstreams = [Upstream(index, seed, network, harshness) for index in range(3)]
         names = ("a", "ollama", "c")  # the second is one that goes on writing a trailing turn
         models = '[providers.%s.models]\n"model" = { context = 131072, input = 1, output = 2 }\n'
         providers = "".join(
@@ -809,21 +809,21 @@ def _is_json(text: str) -> bool:
 WAYS = ("direct", "first byte", "live", "whole")
 
 
-def simulate(way: str, tasks: int, seed: int) -> Tally:
-    """So many tasks on this way. The same seed makes the same faults."""
+def simulate(way: str, tasks: int, seed: int, harshness: int = 1) -> Tally:
+    """So many tasks on this way. The same seed makes the same faults; ``harshness`` multiplies their rates."""
     loop = VirtualLoop()
     tally = Tally(way)
     with virtual_time(loop), TemporaryDirectory() as folder:
         random.seed(seed)
         try:
-            loop.run_until_complete(_simulate(way, tasks, seed, Path(folder), tally))
+            world = World(f"seed {seed}", Path(folder), "whole" if way == "whole" else "live", harshness)
+            loop.run_until_complete(_simulate(way, tasks, world, tally))
         finally:
             loop.close()
     return tally
 
 
-async def _simulate(way: str, tasks: int, seed: int, folder: Path, tally: Tally) -> None:
-    world = World(f"seed {seed}", folder, "whole" if way == "whole" else "live")
+async def _simulate(way: str, tasks: int, world: World, tally: Tally) -> None:
     kind = FirstByteExchange if way == "first byte" else Exchange
     send = world.direct if way == "direct" else world.routed(kind)
     patience_s = REMOTE_PATIENCE_S if way == "direct" else PATIENCE_S
@@ -837,6 +837,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__.partition("\n")[0])
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--harshness", type=int, default=1, help="multiplies the rates of all faults")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     given = parser.parse_args(arguments)
     print(f"{given.tasks} tasks of {TURNS} turns, {AGENTS} at a time, seed {given.seed}")
@@ -844,7 +845,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     broken = False
     for way in given.ways:
         began = time.perf_counter()
-        tally = simulate(way, given.tasks, given.seed)
+        tally = simulate(way, given.tasks, given.seed, given.harshness)
         print(f"{tally.row()}   ({time.perf_counter() - began:.0f} s)", flush=True)
         if way in ("live", "whole"):
             broken |= bool(laws_broken(tally))

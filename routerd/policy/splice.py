@@ -49,8 +49,9 @@ from routerd.canonical import (
 
 Manner = Literal["prefill", "instructed", "rerun"]
 
-OVERLAP_MIN = 8  # characters; shorter repetitions are chance
-OVERLAP_VARIETY_MIN = 4  # different letters or digits in it: rulers, brackets and blank lines repeat by nature
+OVERLAP_MIN = 16  # characters; shorter repetitions are chance, a word or a cell that comes twice
+OVERLAP_VARIETY_MIN = 6  # different letters or digits in it: rulers, brackets and blank lines repeat by nature
+_CLOSING = frozenset(".!?…。！？)]}>\"'”’»`*|")  # noqa: RUF001 - full stops of other scripts are meant
 LOOKBACK = 4096  # characters: an overlap that begins further back is found only if it begins at the very start
 
 
@@ -208,3 +209,8 @@ def _beginning_of_mark(text: str) -> str:
     """The ending of the text that ``COMPLETE`` may begin with, or is."""
     at = text.rfind(COMPLETE[0])
     return text[at:] if at >= 0 and COMPLETE.startswith(text[at:].rstrip()) else ""
+
+
+def seems_whole(text: str) -> bool:
+    """True if the text ends as texts end: then a second model that adds nothing to it is believed."""
+    return text.rstrip()[-1:] in _CLOSING

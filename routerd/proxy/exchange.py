@@ -22,7 +22,7 @@ from routerd.dialects import Dialect, Stamp
 from routerd.policy.calls import Schemas
 from routerd.policy.classify import Code, agrees, blame_client
 from routerd.policy.recovery import Break, Budget, Continue, Fail, Rerun, Step, Stop, next_step
-from routerd.policy.splice import Splice
+from routerd.policy.splice import Splice, seems_whole
 from routerd.policy.transcript import CUT_CALL, EMPTY_ANSWER, SCHEMA_CODES, Gate
 from routerd.proxy.attempt import TIMEOUT_CODES, Attempt
 from routerd.proxy.downstream import GONE, ClientGone, Collector, Downstream, Sink
@@ -191,14 +191,21 @@ class Exchange:
         return Attempt(self._pool, ticket, sink, gate, splice=self._splice(ticket), hide_usage=hide_usage)
 
     def _forgiven(self) -> set[str]:
-        """What this attempt's answer may have wrong with it, since another one had it as well."""
+        """What this attempt's answer may have wrong with it, since another one had it as well.
+
+        Nothing at all is believed only where no call can be missing; a model that is asked in words says ``COMPLETE``.
+        """
         codes = {failure.code for _, failure in self._failures}
         forgiven = codes & {CUT_CALL}
         if codes & SCHEMA_CODES:
             forgiven |= SCHEMA_CODES
-        if isinstance(self._step, Continue):  # two that add nothing agree that the text was whole
-            forgiven |= {EMPTY_ANSWER} if self._nothing_after == self.downstream.transcript.characters else set()
+        if isinstance(self._step, Continue) and self._added_nothing() and not self._arrival.head.tools:
+            forgiven |= {EMPTY_ANSWER} if seems_whole(self.downstream.transcript.text or "") else set()
         return forgiven
+
+    def _added_nothing(self) -> bool:
+        """True if somebody has been asked to go on with just this text, and said nothing."""
+        return self._nothing_after == self.downstream.transcript.characters
 
     def _schemas(self) -> Schemas:
         return self._arrival.dialect.tool_schemas(self._arrival.body)
@@ -214,7 +221,9 @@ class Exchange:
         return Splice("prefill" if ticket.continuation else "instructed", sent, document=self._step.checked)
 
     def _prefills(self, live: LiveUpstream) -> bool:
-        return live.face(self._arrival.dialect.name).prefills and live not in self._no_prefill
+        """Not after somebody said nothing: asked in words, a model can say that nothing was missing."""
+        able = live.face(self._arrival.dialect.name).prefills and live not in self._no_prefill
+        return able and not self._added_nothing()
 
     def _body(self, ticket: Ticket) -> bytes:
         """The request as the upstream wants it."""

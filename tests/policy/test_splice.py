@@ -29,6 +29,7 @@ from routerd.policy.splice import (
     Manner,
     Splice,
     overlap,
+    seems_whole,
 )
 
 SENT = "The report is written to disk. It has three parts"
@@ -36,11 +37,14 @@ REST = ", and the second of them needs a look."
 STOP = (Finish("stop"), End())
 CALL: tuple[Event, ...] = (ToolStart(0, "call_1", "weather"), ToolDelta(0, "{}"), Finish("tool_calls"), End())
 
-PARTS = ["abcdefgh", "cdefghij", "ab", "c", " ", "\n", ".", COMPLETE, COMPLETE[:4]]
+PARTS = ["abcdefghijklmnop", "cdefghijklmnopqr", "ab", "c", " ", "\n", ".", COMPLETE, COMPLETE[:4]]
 TEXTS = st.lists(st.sampled_from(PARTS), max_size=10).map("".join)
 WORDS = st.text(alphabet=st.characters(codec="utf-8", exclude_characters=COMPLETE[0]), max_size=80)
 SENTS = st.builds(
-    "{}{}{}".format, WORDS, st.sampled_from(["wxyz1234", "to the end", "abcdefgh."]), st.text(" \n", max_size=3)
+    "{}{}{}".format,
+    WORDS,
+    st.sampled_from(["wxyz1234 and 5678", "to the very end of it", "abcdefgh ijklmnop."]),
+    st.text(" \n", max_size=3),
 )
 RESTS = WORDS.map(str.lstrip)
 CUTS = st.lists(st.integers(0, 300), max_size=12)
@@ -106,8 +110,8 @@ class TestPrefill:
 class TestInstructed:
     @pytest.mark.parametrize(
         "repeated",
-        [SENT, SENT[4:], SENT[-30:], SENT[-8:], ""],
-        ids=["all", "nearly all", "a sentence", "a word", "none"],
+        [SENT, SENT[4:], SENT[-30:], SENT[-16:], ""],
+        ids=["all", "nearly all", "a sentence", "a few words", "none"],
     )
     def test_what_is_repeated_is_cut_off(self, repeated: str) -> None:
         """All of it, the end of it, or none: the client cannot tell."""
@@ -122,8 +126,8 @@ class TestInstructed:
         assert joined("instructed", sent, *cut(late + REST, range(0, 9_000, 13))) == sent + REST
 
     def test_too_short_a_repetition_is_chance(self) -> None:
-        """Seven letters may well come twice."""
-        assert joined("instructed", "She said no more", "o more, she said.") == "She said no moreo more, she said."
+        """A word may well come twice."""
+        assert joined("instructed", "They had numbers", " numbers of them.") == "They had numbers numbers of them."
 
     def test_rulers_and_brackets_repeat_by_nature(self) -> None:
         """They are not taken for a repetition: to cut them would lose some."""
@@ -252,3 +256,11 @@ class TestLaws:
         length = overlap(sent, text)
 
         assert sent.endswith(text[:length])
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"), [("Done.", True), ("Done.\n", True), ("`ls`", True), ("and", False), ("", False)]
+)
+def test_a_text_seems_whole_if_it_ends_like_one(text: str, whole: bool) -> None:
+    """With a mark that closes something."""
+    assert seems_whole(text) is whole

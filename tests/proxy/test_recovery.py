@@ -170,16 +170,18 @@ async def test_a_text_that_was_whole_stays_as_it_is(silent: bool, upstreams: Ups
         ]
 
 
-async def test_nothing_after_half_a_sentence_is_believed_from_two(upstreams: Upstreams, tmp_path: Path) -> None:
-    """The first may have failed; or it may be right, so its breaker learns nothing."""
+async def test_nothing_after_half_a_sentence_is_not_believed(upstreams: Upstreams, tmp_path: Path) -> None:
+    """Not even from two. Either may have been right, so their breakers learn nothing; the next is asked in words."""
     nothing = Turn(Answer(text="", calls=()))
     servers = {"a": await upstreams(BROKEN), "b": await upstreams(nothing), "c": await upstreams(nothing)}
+    servers["ollama"] = await upstreams(model())
     async with daemon(config_text(servers, defaults="breaker = { failures = 1 }"), tmp_path) as served:
         heard = await hear(served.url, streamed())
 
-        assert said(heard) == SHOWN
-        assert attempts(served) == [("a", "truncated"), ("b", "malformed"), ("c", "success")]
+        assert said(heard) == TEXT
+        assert attempts(served) == [("a", "truncated"), ("b", "malformed"), ("c", "malformed"), ("ollama", "success")]
         assert served.metric("routerd_breaker_state", provider="b", model=MODEL, state="closed") == 1
+        assert COMPLETE in servers["ollama"].requests[0].body["messages"][-1]["content"]
 
 
 async def test_calls_may_follow_what_is_gone_on_with(upstreams: Upstreams, tmp_path: Path) -> None:
