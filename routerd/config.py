@@ -37,6 +37,7 @@ import msgspec
 
 from routerd import catalog
 from routerd.canonical import Fix, Limit, Period, Price, Secret, Unit, Upstream
+from routerd.catalog import fresh
 from routerd.dialects import DIALECTS
 from routerd.policy.balance import PREFER_USD_PER_HOUR
 from routerd.policy.breaker import BreakerPolicy
@@ -56,6 +57,8 @@ FRAMING_HEADERS = frozenset(
     )
 )
 MAX_KEYS = 64  # in one provider's pool
+MIN_REFRESH_S = 3600.0  # price lists change by the day, and others pay for serving them
+MAX_REFRESH_S = 30 * 86400.0
 NEAR_NAMES = 3
 
 MIN_AGENT_CONTEXT_TOKENS = 64_000  # Hermes Agent refuses to start with less
@@ -137,6 +140,8 @@ class Defaults(msgspec.Struct, frozen=True):
     answer_timeout_s: float  # for answers that come whole
     max_wait_s: float  # holding a request for a quota reset or a breaker probe
     max_attempts: int
+    hedge_after_s: float  # the soonest that a second upstream is asked for the same answer
+    auxiliary_timeout_s: float  # for small calls on the side, by which a route that has ``auxiliary`` has answered
     delivery: Delivery
     keepalive_s: float
     breaker: BreakerPolicy
@@ -146,7 +151,9 @@ class ProviderConfig(msgspec.Struct, frozen=True):
     """An account at a vendor. ``upstreams`` holds every key x model, ``simulated`` the script of a simulated one.
 
     ``base_urls`` maps a dialect to the URL its path is appended to; empty for a simulated provider. ``dialect_auth``
-    says where another header than ``auth`` holds the key.
+    says where another header than ``auth`` holds the key. ``preset`` is its id in the catalog, if it has one. By what
+    the provider calls its models: ``list_priced`` cost what the catalog says, so a fresh price list may say otherwise, and
+    ``rostered`` are offered because the catalog lists them, without a word of the user's.
     """
 
     name: str
@@ -162,6 +169,16 @@ class ProviderConfig(msgspec.Struct, frozen=True):
     stall_timeout_s: float
     dialect_auth: dict[str, catalog.Auth] = {}
     simulated: tuple[str, ...] | None = None
+    preset: str = ""
+    list_priced: frozenset[str] = frozenset()
+    rostered: frozenset[str] = frozenset()
+
+
+class Prices(msgspec.Struct, frozen=True):
+    """Whether fresh prices are fetched. ``refresh_s`` None: they are not. ``urls``: by source, in the order written."""
+
+    refresh_s: float | None = None
+    urls: dict[str, str] = {}
 
 
 class RouteConfig(msgspec.Struct, frozen=True):
@@ -174,6 +191,7 @@ class RouteConfig(msgspec.Struct, frozen=True):
     budget: Limit | None = None
     auxiliary: tuple[Upstream, ...] = ()
     hedge: Hedge = "off"
+    hedge_budget: Limit | None = None
 
     @property
     def context_tokens(self) -> int:
@@ -204,6 +222,7 @@ class Config(msgspec.Struct, frozen=True):
     warnings: tuple[Problem, ...]
     models: tuple[str, ...]  # the public ones on offer, in the order of the providers
     table: dict[str, RouteConfig]  # every name a client may use
+    prices: Prices = Prices()
 
     def resolve(self, name: str) -> RouteConfig | None:
         """The route for a name a client asked for; None if there is no such name."""
@@ -642,6 +661,7 @@ def _read_config(root: _Table, path: Path | None, environ: Mapping[str, str], li
         (root.warning if "providers" in root else root.problem)("providers", message)
     names = _Names(providers, defaults)
     routes = _read_routes(root, names, defaults)
+    prices = _read_prices(root.table("prices"), providers)
     return Config(
         server=server,
         state_url=state_url,
@@ -653,6 +673,7 @@ def _read_config(root: _Table, path: Path | None, environ: Mapping[str, str], li
         warnings=(),
         models=tuple(names.models),
         table=names.with_routes(routes),
+        prices=prices,
     )
 
 
@@ -713,6 +734,8 @@ def _read_defaults(table: _Table) -> Defaults:
         answer_timeout_s=table.read("answer_timeout", _duration(0.05, 86400), 600.0),
         max_wait_s=table.read("max_wait", _duration(0, 86400), 300.0),
         max_attempts=table.read("max_attempts", _whole(1, 64), 6),
+        hedge_after_s=table.read("hedge_after", _duration(0.05, 3600), 8.0),
+        auxiliary_timeout_s=table.read("auxiliary_timeout", _duration(0.05, 3600), 25.0),
         delivery=table.read("delivery", _choice(get_args(Delivery)), "live"),
         keepalive_s=table.read("keepalive", _duration(0.05, 5), 5.0),
         breaker=_read_breaker(table.table("breaker")),
@@ -738,6 +761,27 @@ def _read_breaker(table: _Table) -> BreakerPolicy:
         return stock
     finally:
         table.close()
+
+
+def _read_prices(table: _Table, providers: Mapping[str, ProviderConfig]) -> Prices:
+    feeds = fresh.feeds()
+    refresh_s = table.read("refresh", _duration(MIN_REFRESH_S, MAX_REFRESH_S), None)
+    sources = dict.fromkeys(table.read_each("sources", _choice(tuple(feeds))) or feeds)
+    if table.take("sources") == []:
+        table.problem("sources", "is empty; leave refresh out if no prices are to be fetched")
+    urls = table.table("urls")
+    given = {source: urls.read(source, _url, feed.url) for source, feed in feeds.items()}
+    urls.close()
+    for source in urls:
+        if source in feeds and source not in sources:
+            urls.warning(source, "is not used: sources leaves it out")
+    if refresh_s is None and ("sources" in table or "urls" in table):
+        table.warning("refresh", 'is missing, so no prices are fetched; write refresh = "24h"')
+    served = {preset for source in sources for preset in feeds[source].providers.values()}
+    if refresh_s is not None and not any(provider.preset in served for provider in providers.values()):
+        table.warning("refresh", "fetches nothing: these sources have no prices of any provider that is configured")
+    table.close()
+    return Prices(refresh_s, {source: given[source] for source in sources})
 
 
 # --- limits ---------------------------------------------------------------------------------------------------------
@@ -796,6 +840,8 @@ class _Offered(msgspec.Struct, frozen=True):
     price: Price = Price()
     tools: bool = True
     images: bool = False
+    list_priced: bool = True
+    rostered: bool = False
 
     @property
     def fit_for_agents(self) -> bool:
@@ -881,6 +927,9 @@ class _Providers:
             limits=limits,
             upstreams=_upstreams(name, len(keys), _dialect(base_urls), offered, preset),
             default_model=self._read_default_model(table, preset, free, offered),
+            preset=preset.id if preset else "",
+            list_priced=frozenset(model.wire_model for model in offered if model.list_priced),
+            rostered=frozenset(model.wire_model for model in offered if model.rostered),
             **self._read_timeouts(table, preset),
         )
         table.close()
@@ -1053,6 +1102,7 @@ class _Providers:
             price=_read_price(table, base.price),
             tools=table.read("tools", _flag, base.tools),
             images=table.read("images", _flag, base.images),
+            list_priced=base.list_priced and not any(key in table for key in ("input", "output", "cached")),
         )
         table.close()
         return offered
@@ -1149,6 +1199,8 @@ def _shipped(model: catalog.Model, offer: catalog.Offer, free: catalog.FreeTier 
         price=Price() if free and not free.credit else offer.price,
         tools=model.tools,
         images=model.images,
+        list_priced=free is None or free.credit,
+        rostered=True,
     )
 
 
@@ -1272,8 +1324,15 @@ def _read_route(name: str, table: _Table, names: _Names, defaults: Defaults) -> 
         delivery=table.read("delivery", _choice(get_args(Delivery)), defaults.delivery),
         budget=_read_limit(table.table("budget"), ("usd",), models=False) if "budget" in table else None,
         auxiliary=_without_repeats(table.read_each("auxiliary", names.upstreams)),
-        hedge=_read_hedge(table),
+        hedge=table.read("hedge", _choice(get_args(Hedge)), "off"),
+        hedge_budget=_read_limit(table.table("hedge_budget"), ("usd",), models=False)
+        if "hedge_budget" in table
+        else None,
     )
+    if route.hedge == "paid" and "hedge_budget" not in table:
+        table.problem(
+            "hedge_budget", 'is missing; hedge = "paid" needs a limit: hedge_budget = { usd = 0.5, per = "day" }'
+        )
     table.close()
     return route
 
@@ -1306,13 +1365,3 @@ def _without_repeats(groups: Iterable[tuple[Upstream, ...]], seen: Iterable[Upst
 
 def _identity(upstream: Upstream) -> tuple[str, int, str]:
     return (upstream.provider, upstream.key, upstream.model)
-
-
-def _read_hedge(table: _Table) -> Hedge:
-    """Parsed, checked, and not done: the daemon sends one request at a time."""
-    hedge: Hedge = table.read("hedge", _choice(get_args(Hedge)), "off")
-    if "hedge_budget" in table:
-        _read_limit(table.table("hedge_budget"), ("usd",), models=False)
-    if hedge != "off":
-        table.warning("hedge", 'hedging is not available in this version; the route works as with hedge = "off"')
-    return "off"

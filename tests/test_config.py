@@ -107,13 +107,12 @@ class TestExample:
         assert providers_of(auto.auxiliary) == ["openrouter"]
         assert not loaded.simulated
 
-    def test_asks_for_hedging_and_hears_that_there_is_none(self, folder: Path) -> None:
-        """What this version does not do is said aloud, but is no reason not to start."""
+    def test_asks_for_hedging_that_costs_nothing(self, folder: Path) -> None:
+        """Which needs no budget."""
         loaded = load(folder, EXAMPLE)
 
-        assert [problem.path for problem in loaded.warnings] == ["routes.auto.hedge"]
-        assert "not available in this version" in loaded.warnings[0].message
-        assert loaded.routes["auto"].hedge == "off"
+        assert loaded.warnings == ()
+        assert (loaded.routes["auto"].hedge, loaded.routes["auto"].hedge_budget) == ("free", None)
 
     def test_gives_the_lab_its_limits(self, folder: Path) -> None:
         """Each limit keeps its unit, period, reset and pattern."""
@@ -828,11 +827,14 @@ class TestRoutes:
         assert route.context_tokens == 80_000
         assert route.max_output_tokens == 9_000
 
-    def test_a_budget_for_hedging_is_understood_though_not_used(self, folder: Path) -> None:
-        """It belongs to ``hedge``, which this version does not do."""
-        text = LAB_MODEL + '[routes.r]\nmodels = ["m"]\nhedge = "paid"\nhedge_budget = { usd = 1, per = "day" }'
+    def test_hedging_that_costs_money_has_a_budget(self, folder: Path) -> None:
+        """Without one it is not begun."""
+        text = LAB_MODEL + '[routes.r]\nmodels = ["m"]\nhedge = "paid"\n'
 
-        assert [problem.path for problem in load(folder, text).warnings] == ["routes.r.hedge"]
+        assert load(folder, text + 'hedge_budget = { usd = 1, per = "day" }').routes["r"].hedge_budget == Limit(
+            1.0, "usd", "day"
+        )
+        assert "routes.r.hedge_budget: is missing" in problems(folder, text)[0]
 
 
 # --- anything goes in, only a Config or a ConfigError comes out ------------------------------------------------------

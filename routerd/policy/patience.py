@@ -5,6 +5,9 @@ prompt size the last waits are remembered, and the limit is their 99th percentil
 configured floor nor above the configured ceiling. Until ``SAMPLES_MIN`` were seen the ceiling holds.
 
 Two limits are learned: until the first content, and the longest silence between two pieces of content.
+
+The same waits say when somebody else may be asked as well (a hedge): after the 95th percentile, which one request in
+twenty exceeds. While too little is known, a multiple of the expected wait stands for it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from routerd.policy.balance import CLASS_BOUNDS_TOKENS
 FACTOR = 4.0
 SAMPLES_MIN = 10
 SAMPLES_MAX = 100  # per prompt size: with so few, the 99th percentile is the largest but one
+HEDGE_FACTOR = 3.0  # waits for a first token are skewed: few take more than three times the mean
 
 
 class Waits:
@@ -36,11 +40,13 @@ class Waits:
 
     def limit_s(self, floor_s: float, ceiling_s: float) -> float:
         """The limit to set; the ceiling while too little is known."""
+        p99_s = self.quantile_s(0.99)
+        return ceiling_s if p99_s is None else min(ceiling_s, max(floor_s, FACTOR * p99_s))
+
+    def quantile_s(self, share: float) -> float | None:
+        """The wait that this share of all does not exceed; None while too little is known."""
         count = len(self._ascending)
-        if count < SAMPLES_MIN:
-            return ceiling_s
-        p99_s = self._ascending[int(0.99 * (count - 1) + 0.5)]
-        return min(ceiling_s, max(floor_s, FACTOR * p99_s))
+        return None if count < SAMPLES_MIN else self._ascending[int(share * (count - 1) + 0.5)]
 
 
 class Patience:
@@ -65,6 +71,12 @@ class Patience:
     def stall_s(self, prompt_tokens: int, floor_s: float, ceiling_s: float) -> float:
         """The limit for silence in mid-answer."""
         return _limit_s(self._gap, prompt_tokens, floor_s, ceiling_s)
+
+    def hedge_after_s(self, prompt_tokens: int, expected_s: float, floor_s: float) -> float:
+        """After which wait for the first content another upstream may be asked; ``expected_s`` is the usual wait."""
+        known = self._first.get(bisect_right(CLASS_BOUNDS_TOKENS, prompt_tokens))
+        p95_s = known.quantile_s(0.95) if known is not None else None
+        return max(floor_s, HEDGE_FACTOR * expected_s if p95_s is None else p95_s)
 
 
 def _limit_s(waits: dict[int, Waits], prompt_tokens: int, floor_s: float, ceiling_s: float) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
+from collections.abc import Callable
 
 from routerd.canonical import Failure, Frame, Outcome, Side, UpstreamProtocolError, UpstreamTruncated, UsageReport
 from routerd.dialects import Dialect
@@ -67,9 +68,11 @@ class Attempt:
     """One try of an exchange at one upstream."""
 
     __slots__ = (
+        "_begun",
         "_dialect",
         "_hide_usage",
         "_last_at",
+        "_on_content",
         "_pool",
         "_reply",
         "_sink",
@@ -93,8 +96,12 @@ class Attempt:
         *,
         splice: Splice | None = None,
         hide_usage: bool = False,
+        on_content: Callable[[Attempt], None] | None = None,
     ) -> None:
-        """``hide_usage``: the upstream was asked for a usage chunk that the client did not want."""
+        """``hide_usage``: the upstream was asked for a usage chunk that the client did not want.
+
+        ``on_content`` is called once, with the first content, before any of it is sent.
+        """
         self.ticket = ticket
         self.gate = gate
         self.phase = Phase.WAITING
@@ -103,12 +110,14 @@ class Attempt:
         self.answer = b""  # of a request that is not streamed upstream
         self.diverged = False  # the answer could not be joined to what the client has
         self.refused = False  # the upstream never began to answer, and said so at once: it cost nothing
+        self._begun = False  # something of it was sent
         self._last_at = 0.0
         self._pool = pool
         self._dialect: Dialect = ticket.face.dialect
         self._sink = sink
         self._splice = splice
         self._hide_usage = hide_usage
+        self._on_content = on_content
         self._reply: Reply | None = None
 
     async def run(self, body: bytes, *, stream: bool) -> Failure | None:
@@ -139,7 +148,6 @@ class Attempt:
 
     async def _relay(self, reply: Reply, watchdog: asyncio.Timeout) -> None:
         feed, gate = self._dialect.decoder(), self.gate
-        self._sink.begin_attempt(self._dialect)
         while data := await reply.read():
             frames = await self._admit(feed.feed(data))
             if gate.progress:
@@ -167,6 +175,8 @@ class Attempt:
         if self.phase is Phase.WAITING:
             self.phase = Phase.ANSWERING
             self._pool.first_token(self.ticket, now)
+            if self._on_content is not None:
+                self._on_content(self)
         elif now - self._last_at > self.longest_gap_s:
             self.longest_gap_s = now - self._last_at
         self._last_at = now
@@ -185,6 +195,9 @@ class Attempt:
             events = self._splice.feed([event for frame in frames for event in frame.events])
             frames = [Frame(b"", tuple(events))] if events else []
         if frames:
+            if not self._begun:  # not before: of two attempts at the same turn only one may have the client
+                self._begun = True
+                self._sink.begin_attempt(self._dialect)
             await self._sink.send(frames)
 
     async def _conclude(self) -> Failure | None:

@@ -12,12 +12,13 @@ import math
 import random
 import time
 from collections.abc import Container
+from collections.abc import Set as AbstractSet
 from functools import partial
 
 import msgspec
 from aiohttp import web
 
-from routerd.canonical import BadRequest, Failure, Head, Outcome, Side, Start
+from routerd.canonical import BadRequest, Failure, Head, Outcome, Side, Start, Upstream
 from routerd.dialects import Dialect, Stamp
 from routerd.policy.calls import Schemas
 from routerd.policy.classify import Code, agrees, blame_client
@@ -25,16 +26,19 @@ from routerd.policy.recovery import Break, Budget, Continue, Fail, Rerun, Step, 
 from routerd.policy.splice import Splice, seems_whole
 from routerd.policy.transcript import CUT_CALL, EMPTY_ANSWER, SCHEMA_CODES, Gate
 from routerd.proxy.attempt import TIMEOUT_CODES, Attempt
+from routerd.proxy.chain import Link
 from routerd.proxy.downstream import GONE, ClientGone, Collector, Downstream, Sink
 from routerd.proxy.live import LiveRoute, LiveUpstream
 from routerd.proxy.planner import Plan
 from routerd.proxy.pool import Pool, Ticket
+from routerd.proxy.race import OUTRUN_FIRST, OUTRUN_HEDGE, Ended, Race
 from routerd.telemetry import ExchangeRecord, Telemetry
 
 REFUSALS_MAX = 256  # per exchange: so many refusals, each cheap and quick, do not count as attempts
 ROUND_PAUSE_S = (0.5, 2.0, 5.0, 15.0)  # before everybody is tried again; the last value repeats
 PANIC_AFTER_S = 15.0  # with nobody else to ask, one whose breaker stays open for longer is tried again all the same
 TIMER_SLACK_S = 0.002  # the loop's timers count whole milliseconds, and may be early by one
+NOBODY: frozenset[LiveUpstream] = frozenset()
 _VAGUE = frozenset({Code.BAD_REQUEST, Code.REJECTED})  # may have been an accident
 _MISFITS = frozenset({Code.UNSUPPORTED_FEATURE, Code.MODERATION})  # no later try and no other wording of ours helps
 
@@ -49,6 +53,7 @@ class Arrival(msgspec.Struct):
     route: LiveRoute
     id: str
     at: float  # monotonic
+    link: Link | None = None
 
 
 class Exchange:
@@ -72,6 +77,7 @@ class Exchange:
         self._failures: list[tuple[LiveUpstream, Failure]] = []
         self._step: Step | None = None  # what the last failure led to
         self._refusals = 0
+        self._dispatched = 0
         self._waited = False  # and no attempt since
         self._in_call = False  # what the client has broke off inside a tool call
         self._diverged = False  # a re-run could not be joined to what the client has
@@ -85,7 +91,12 @@ class Exchange:
         self._asked = msgspec.structs.replace(head, stream=True) if self._collector is not None else head
         stamp = Stamp(arrival.id, head.model, int(time.time()), head.include_usage)
         self.downstream = Downstream(
-            arrival.request, arrival.dialect, stamp, keepalive_s=route.keepalive_s, clock=self._clock
+            arrival.request,
+            arrival.dialect,
+            stamp,
+            keepalive_s=route.keepalive_s,
+            clock=self._clock,
+            link=arrival.link,
         )
         self.record = ExchangeRecord(
             arrival.id, route.name, arrival.dialect.name, head.stream, prompt_tokens=head.prompt_tokens
@@ -119,7 +130,8 @@ class Exchange:
         """True if it failed in this exchange, in any way or with one of these codes."""
         return any(other is live and (codes is None or failure.code in codes) for other, failure in self._failures)
 
-    def _plan(self) -> Plan:
+    def _plan(self, barred: AbstractSet[LiveUpstream] = NOBODY) -> Plan:
+        """``barred``: who is not to be chosen this time."""
         return self._pool.planner.plan(
             self._arrival.route,
             self._arrival.head,  # as the client asked: a call on the side is one that does not stream
@@ -127,57 +139,122 @@ class Exchange:
             wall=time.time(),
             draw=random.random(),
             tried=self._tried,
-            unfit=self._unfit,
+            unfit=self._unfit | barred if barred else self._unfit,
             hurried=bool(self._failures),
         )
 
     # --- attempts ---------------------------------------------------------------------------------------------------
 
     async def _try(self, plan: Plan, live: LiveUpstream) -> bool:
-        """One attempt; True when the exchange is over."""
+        """One attempt, or two in a race; True when the exchange is over."""
         if not self._translates(live):
             return False
-        ticket = await self._pool.begin(plan, self._arrival.route, self._asked, self._clock(), time.time(), self.record)
-        if ticket is None:  # somebody took the last of the quota in between: plan anew, after all others had a turn
+        after_s = self._hedge_after_s(live)
+        ended = await (self._go(plan, live) if after_s is None else self._race(plan, live, after_s))
+        if ended is None:  # somebody took the last of the quota in between: plan anew, after all others had a turn
             await asyncio.sleep(0)
             return False
-        if ticket.face.dialect is self._arrival.dialect:
-            ticket.headers = self._passed_on
-        if self._has_failed(live, TIMEOUT_CODES) and live not in self._patient:
-            self._patient.add(live)  # a limit learned from better days may be what cut it off: once it gets all of it
-            ticket.limits = live.account.limits
-        self._note_dispatch(live)
-        attempt = self._attempt(ticket)
-        failure: Failure | None = GONE  # what stands if cancellation ends the attempt
-        try:
-            failure = await attempt.run(self._body(ticket), stream=self._asked.stream)
-            failure = failure and self._agreed(live, failure)
-        finally:
-            self._settle(ticket, attempt, failure)
-            if failure is not None:
-                await attempt.close(whole=False)
+        attempt, failure = ended
         if failure is not None:
             return await self._recover(attempt, failure)
         await self._deliver(attempt)
         return True
 
-    def _note_dispatch(self, live: LiveUpstream) -> None:
+    async def _go(
+        self, plan: Plan, live: LiveUpstream, race: Race | None = None, *, hedge: bool = False
+    ) -> Ended | None:
+        """One attempt from its reservation to its settling; None if it could not begin."""
+        now, wall = self._clock(), time.time()
+        ticket = await self._pool.begin(plan, self._arrival.route, self._asked, now, wall, self.record, hedge=hedge)
+        if ticket is None:
+            return None
+        self._prepare(ticket)
+        self._note_dispatch(live, hedge=hedge)
+        attempt = self._attempt(ticket, race)
+        failure: Failure | None = GONE  # what stands if cancellation ends the attempt
+        try:
+            failure = await attempt.run(self._body(ticket), stream=self._asked.stream)
+            failure = failure and self._agreed(live, failure)
+        finally:
+            if race is not None and race.lost:
+                failure = OUTRUN_HEDGE if hedge else OUTRUN_FIRST
+            self._settle(ticket, attempt, failure)
+            if failure is not None:
+                await attempt.close(whole=False)
+        return attempt, failure
+
+    def _prepare(self, ticket: Ticket) -> None:
+        live = ticket.live
+        if ticket.face.dialect is self._arrival.dialect:
+            ticket.headers = self._passed_on
+        if self._has_failed(live, TIMEOUT_CODES) and live not in self._patient:
+            self._patient.add(live)  # a limit learned from better days may be what cut it off: once it gets all of it
+            ticket.limits = live.account.limits
+
+    def _note_dispatch(self, live: LiveUpstream, *, hedge: bool) -> None:
         upstream = live.upstream
         self._attempts_left -= 1
+        self._dispatched += 1
         if self.record.overhead_s is None:
             self.record.overhead_s = self._clock() - self._arrival.at
-        if self.record.attempts:
+        if self.record.attempts and not hedge:
             self._telemetry.failover(self.record, upstream.provider, upstream.model)
+        self._describe(upstream)
+
+    def _describe(self, upstream: Upstream) -> None:
+        """In the headers: who answers, as far as it is known."""
         self.downstream.describe(
             {
                 "x-routerd-provider": upstream.provider,
                 "x-routerd-model": upstream.model,
-                "x-routerd-attempts": str(len(self.record.attempts) + 1),
+                "x-routerd-attempts": str(self._dispatched),
                 **self._pool.rate_limit_headers(self._arrival.route, time.time()),
             }
         )
 
-    def _attempt(self, ticket: Ticket) -> Attempt:
+    # --- hedges -----------------------------------------------------------------------------------------------------
+
+    def _hedge_after_s(self, live: LiveUpstream) -> float | None:
+        """When somebody else may be asked as well; None: not at all. Only while the client has nothing yet."""
+        route, tokens = self._arrival.route, self._asked.prompt_tokens
+        if route.hedge == "off" or not self._asked.stream or self.downstream.transcript.begun:
+            return None
+        expected_s = live.latency.first_token_s(tokens, self._clock())
+        return live.patience.hedge_after_s(tokens, expected_s, route.hedge_after_s)
+
+    async def _race(self, plan: Plan, live: LiveUpstream, after_s: float) -> Ended | None:
+        """An attempt, and if it has nothing to say for so long, a second one beside it."""
+        async with Race() as race:
+            race.enter(self._go(plan, live, race))
+            if await race.quiet(after_s):
+                race.enter(self._hedge(live, race))
+            ended = await race.result(self._note_failure)
+        if ended is not None:  # whoever was called off may have been settled after the one that counts
+            self.record.attempts.sort(key=lambda record: record is ended[0].ticket.record)
+        return ended
+
+    async def _hedge(self, first: LiveUpstream, race: Race) -> Ended | None:
+        """The second attempt, at the next best of those that are healthy and may be used for this, if there is one."""
+        plan = self._plan(self._no_hedges(first))
+        live = plan.chosen
+        if live is None or plan.probe or plan.forced or self._attempts_left <= 0 or not self._translates(live):
+            return None
+        return await self._go(plan, live, race, hedge=True)
+
+    def _no_hedges(self, first: LiveUpstream) -> set[LiveUpstream]:
+        """Who cannot help against this one's silence, or costs money that may not be spent on it."""
+        tiers = self._arrival.route.tiers_for(self._arrival.head)
+        lives = (live for tier in tiers for group in tier for live in group)
+        free = self._arrival.route.hedge == "free"
+        return {
+            live
+            for live in lives
+            if live.upstream.provider == first.upstream.provider or (free and not live.upstream.price.free)
+        }
+
+    # --- one attempt's setting --------------------------------------------------------------------------------------
+
+    def _attempt(self, ticket: Ticket, race: Race | None = None) -> Attempt:
         """An attempt set up for the step at hand."""
         head = self._arrival.head
         sink: Sink = self.downstream if self._collector is None else self._collector
@@ -188,7 +265,19 @@ class Exchange:
             forgiven=self._forgiven(),
         )
         hide_usage = head.stream and ticket.face.upstream.fix.stream_usage and not head.include_usage
-        return Attempt(self._pool, ticket, sink, gate, splice=self._splice(ticket), hide_usage=hide_usage)
+        return Attempt(
+            self._pool,
+            ticket,
+            sink,
+            gate,
+            splice=self._splice(ticket),
+            hide_usage=hide_usage,
+            on_content=None if race is None else partial(self._claim, race),
+        )
+
+    def _claim(self, race: Race, attempt: Attempt) -> None:
+        race.claim()
+        self._describe(attempt.ticket.live.upstream)
 
     def _forgiven(self) -> set[str]:
         """What this attempt's answer may have wrong with it, since another one had it as well.
@@ -265,7 +354,9 @@ class Exchange:
     def _count_recoveries(self, ticket: Ticket, result: str) -> None:
         """An attempt may be several things at once: a retry, the end of a wait, and a probe."""
         count = self._telemetry.recoveries.labels
-        if self._step is not None:
+        if ticket.hedge is not None:
+            count("hedge", result).inc()
+        elif self._step is not None:
             count("continue" if isinstance(self._step, Rerun | Continue) else "retry", result).inc()
         if self._waited:
             self._waited = False
@@ -284,18 +375,7 @@ class Exchange:
 
     async def _recover(self, attempt: Attempt, failure: Failure) -> bool:
         """Decide what a failure leads to; True when the exchange is over."""
-        live = attempt.ticket.live
-        self._failures.append((live, failure))
-        if not isinstance(self._step, Rerun):  # a re-run is held: it adds nothing to what the client has
-            self._in_call = bool(attempt.gate.calls)
-        if attempt.refused and self._refusals < REFUSALS_MAX:  # cost no money: only the time allowed for waiting
-            self._refusals += 1
-            self._attempts_left += 1
-            self._waits_left_s -= self.record.attempts[-1].duration_s
-        self._diverged = self._diverged or attempt.diverged
-        if isinstance(self._step, Continue) and failure.code == EMPTY_ANSWER:
-            self._nothing_after = self.downstream.transcript.characters
-        self._leave_out(attempt.ticket, failure)
+        self._note_failure(attempt, failure)
         head = self._arrival.head
         broke = Break(self._in_call, self._diverged, structured=head.structured, joinable=head.streamable)
         budget = Budget(self._attempts_left)
@@ -305,6 +385,20 @@ class Exchange:
         elif isinstance(step, Stop):
             self.downstream.drop()
         return isinstance(step, Fail | Stop)
+
+    def _note_failure(self, attempt: Attempt, failure: Failure) -> None:
+        """What a failure says about who is to be tried next, and how."""
+        self._failures.append((attempt.ticket.live, failure))
+        if not isinstance(self._step, Rerun):  # a re-run is held: it adds nothing to what the client has
+            self._in_call = bool(attempt.gate.calls)
+        if attempt.refused and self._refusals < REFUSALS_MAX:  # cost no money: only the time allowed for waiting
+            self._refusals += 1
+            self._attempts_left += 1
+            self._waits_left_s -= self._clock() - attempt.ticket.began_at
+        self._diverged = self._diverged or attempt.diverged
+        if isinstance(self._step, Continue) and failure.code == EMPTY_ANSWER:
+            self._nothing_after = self.downstream.transcript.characters
+        self._leave_out(attempt.ticket, failure)
 
     def _leave_out(self, ticket: Ticket, failure: Failure) -> None:
         """Who is not to be tried next: this one in this round, or for this request altogether."""

@@ -125,6 +125,11 @@ class LiveUpstream:
         return self.breaker.state != "closed" or self.account.breaker.state != "closed"
 
 
+def hedge_scope(route: str) -> str:
+    """The budget for hedging of this route; no space, which ends an owner's name in the store."""
+    return f"{route}:hedge"
+
+
 Group = tuple[LiveUpstream, ...]  # the keys of one provider and model
 Tier = tuple[Group, ...]
 
@@ -134,9 +139,13 @@ class LiveRoute:
 
     __slots__ = (
         "auxiliary",
+        "auxiliary_timeout_s",
         "budget",
         "headers",
         "headers_at",
+        "hedge",
+        "hedge_after_s",
+        "hedge_budget",
         "keepalive_s",
         "line",
         "max_attempts",
@@ -154,11 +163,16 @@ class LiveRoute:
         tiers: tuple[Tier, ...],
         auxiliary: tuple[Tier, ...],
         budget: Quota,
+        hedge_budget: Quota,
     ) -> None:
         self.name = config.name
         self.tiers = tiers
         self.auxiliary = auxiliary
         self.budget = budget
+        self.hedge = config.hedge
+        self.hedge_after_s = defaults.hedge_after_s
+        self.hedge_budget = hedge_budget
+        self.auxiliary_timeout_s = defaults.auxiliary_timeout_s
         self.value_of_time_usd_per_s = config.value_of_time_usd_per_s
         self.whole = config.delivery == "whole"
         self.max_attempts = defaults.max_attempts
@@ -167,6 +181,11 @@ class LiveRoute:
         self.line = WaitingLine()
         self.headers: dict[str, str] = {}  # what the quotas add up to, as of ``headers_at``
         self.headers_at = -math.inf
+
+    @property
+    def hedge_scope(self) -> str:
+        """What the budget for hedging is called, in metrics and in the store."""
+        return hedge_scope(self.name)
 
     def upstreams(self) -> Iterator[LiveUpstream]:
         """Every upstream of the route's own tiers."""

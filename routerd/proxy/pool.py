@@ -27,7 +27,7 @@ from routerd.policy.quota import Quota, Reservation
 from routerd.policy.transcript import Gate
 from routerd.providers import judge, judge_fault
 from routerd.proxy.client import Client, ConnectFailed, Reply, Target
-from routerd.proxy.live import Account, Face, Limits, LiveRoute, LiveUpstream, Tier
+from routerd.proxy.live import Account, Face, Limits, LiveRoute, LiveUpstream, Tier, hedge_scope
 from routerd.proxy.planner import Plan, Planner, expected_amount
 from routerd.proxy.queue import WaitingLine
 from routerd.state import Entry, Row, StateError, Store
@@ -54,6 +54,7 @@ class Ticket(msgspec.Struct):
     account_permit: Permit
     reservation: Reservation
     budget: Reservation
+    hedge: Reservation | None  # of the budget for hedging; None: this is no hedge
     route: LiveRoute
     limits: Limits
     wait_ticket: int
@@ -69,6 +70,7 @@ class Ticket(msgspec.Struct):
     dialect: str = ""  # the client's
     headers: Mapping[str, str] = {}  # of the client's that are passed on
     reports: tuple[LimitReport, ...] = ()
+    record: AttemptRecord | None = None  # once it is settled
 
     @property
     def face(self) -> Face:
@@ -155,13 +157,21 @@ class Pool:
         now, wall = self._clock(), time.time()
         bequest = self._bequests.pop(config.name, None)
         if bequest is None:
-            budget = Quota(_budgets(config))
-            budget.restore(self._saved_budgets.get(config.name, {}), now, wall)
-            return LiveRoute(config, self._config.defaults, tiers, auxiliary, budget)
-        budget = _heir(bequest.budget, bequest.limits, _budgets(config), now, wall)
-        route = LiveRoute(config, self._config.defaults, tiers, auxiliary, budget)
+            ledgers = [self._restored(scope, limits, now, wall) for scope, limits in _budgets(config).items()]
+            return LiveRoute(config, self._config.defaults, tiers, auxiliary, *ledgers)
+        ledgers = [
+            _heir(former, bequest.limits[scope], limits, now, wall)
+            for former, (scope, limits) in zip(bequest.budgets, _budgets(config).items(), strict=True)
+        ]
+        route = LiveRoute(config, self._config.defaults, tiers, auxiliary, *ledgers)
         route.line = bequest.line
         return route
+
+    def _restored(self, scope: str, limits: Sequence[Limit], now: float, wall: float) -> Quota:
+        """A budget's ledger, with what was spent before the restart."""
+        ledger = Quota(limits)
+        ledger.restore(self._saved_budgets.get(scope, {}), now, wall)
+        return ledger
 
     def _build_tier(self, upstreams: Sequence[Upstream]) -> Tier:
         groups: dict[tuple[str, str], list[LiveUpstream]] = {}
@@ -181,26 +191,33 @@ class Pool:
     # --- attempts ---------------------------------------------------------------------------------------------------
 
     async def begin(
-        self, plan: Plan, route: LiveRoute, head: Head, now: float, wall: float, exchange: ExchangeRecord
+        self,
+        plan: Plan,
+        route: LiveRoute,
+        head: Head,
+        now: float,
+        wall: float,
+        exchange: ExchangeRecord,
+        *,
+        hedge: bool = False,
     ) -> Ticket | None:
         """Take what an attempt of the exchange needs; None if somebody else took the last of it since the plan."""
         live = plan.chosen
         if live is None or not (plan.forced or live.allows(now)):
             return None
         amount = expected_amount(live, head, now)
-        reservation = live.account.quota.reserve(live.upstream.wire_model, amount, now, wall)
-        if reservation is None:
-            return None
-        budget = route.budget.reserve(route.name, Amount(0, 0, amount.usd), now, wall)
-        if budget is None:
-            live.account.quota.release(reservation, now, wall)
+        wanted = [(live.account.quota, live.upstream.wire_model, amount)]
+        wanted += [(budget, scope, Amount(0, 0, amount.usd)) for scope, budget in _charged(route, hedge=hedge)]
+        reservations = _reserved(wanted, now, wall)
+        if reservations is None:
             return None
         ticket = Ticket(
             live,
             live.breaker.begin(now, forced=plan.forced),
             live.account.breaker.begin(now, forced=plan.forced),
-            reservation,
-            budget,
+            reservations[0],
+            reservations[1],
+            reservations[2] if hedge else None,
             route,
             self._limits(plan, live, head, now),
             live.latency.begin_wait(head.prompt_tokens, now),
@@ -242,11 +259,9 @@ class Pool:
                 Row("quota", f"{account.id} {key}", value, wall)
                 for key, value in account.quota.rows(now, wall, ticket.reservation)
             ]
-        if ticket.route.budget.persistent(ticket.route.name):
-            rows += [
-                Row("budget", f"{ticket.route.name} {key}", value, wall)
-                for key, value in ticket.route.budget.rows(now, wall)
-            ]
+        for scope, budget in _charged(ticket.route, hedge=ticket.hedge is not None):
+            if budget.persistent(scope):
+                rows += [Row("budget", f"{scope} {key}", value, wall) for key, value in budget.rows(now, wall)]
         return rows
 
     async def post(self, ticket: Ticket, body: bytes) -> Reply:
@@ -319,7 +334,7 @@ class Pool:
         self._settle_quota(ticket, failure, lesson, usage, cost_usd, now, wall)
         if failure is None and usage is not None:
             self._affinity.remember(head.conversation, live.id, usage.input_tokens or head.prompt_tokens, now)
-        record = _attempt_record(ticket, failure, usage, cost_usd, chunks, now)
+        record = ticket.record = _attempt_record(ticket, failure, usage, cost_usd, chunks, now)
         self._telemetry.attempt(record)
         self._store.record((_entry(ticket, record, wall),))
         for route in tuple(self._waiting.values()):
@@ -368,6 +383,8 @@ class Pool:
             counted = ticket.sent and failure is not None and failure.outcome is Outcome.UNAVAILABLE
             quota.release(ticket.reservation, now, wall, keep_request=counted)
         ticket.route.budget.settle(ticket.budget, Amount(0, 0, cost_usd), now, wall)
+        if ticket.hedge is not None:
+            ticket.route.hedge_budget.settle(ticket.hedge, Amount(0, 0, cost_usd), now, wall)
         if failure is None:
             quota.clear(model, now, since=ticket.began_at)
         elif lesson.quota in ("empty", "close"):
@@ -461,8 +478,9 @@ class Pool:
         for name in self._config.routes:
             route = self.route(name)  # built here if nobody has asked for it yet: its budget is there all the same
             if route is not None:
-                status = route.budget.status(now, wall)
-                live.budgets += [(name, one.limit, one.remaining, one.reset_wall) for one in status]
+                for scope, budget in _charged(route, hedge=True):
+                    status = budget.status(now, wall)
+                    live.budgets += [(scope, one.limit, one.remaining, one.reset_wall) for one in status]
         live.quotas = _added_up(live.quotas)
         return live
 
@@ -506,7 +524,8 @@ class Pool:
         self.checkpoint()  # for whatever that config does not know and a later one knows again
         routes = dict(self._bequests)
         for name, route in self._routes.items():
-            routes[name] = Bequest(route.budget, _budgets(self._config.resolve(name)), route.line)
+            budgets = (route.budget, route.hedge_budget)
+            routes[name] = Bequest(budgets, _budgets(self._config.resolve(name), name), route.line)
         return Estate(self._config, self._accounts, self._live, routes, self._affinity, self._waiting, self.memory)
 
     def _inherit(self, estate: Estate, now: float, wall: float) -> set[Account | LiveUpstream]:
@@ -564,9 +583,10 @@ class Pool:
             for key, value in account.quota.rows(now, wall)
         ]
         rows += [
-            Row("budget", f"{route.name} {key}", value, wall)
+            Row("budget", f"{scope} {key}", value, wall)
             for route in self._routes.values()
-            for key, value in route.budget.rows(now, wall)
+            for scope, budget in _charged(route, hedge=True)
+            for key, value in budget.rows(now, wall)
         ]
         for live in self._live.values():
             saved = SavedUpstream(live.breaker.snapshot(now), live.latency.snapshot(now), wall)
@@ -580,10 +600,10 @@ class Pool:
 
 
 class Bequest(msgspec.Struct, frozen=True):
-    """A route's ledger, the limits that was made for, and the line of those who wait."""
+    """A route's two ledgers, the limits those were made for, and the line of those who wait."""
 
-    budget: Quota
-    limits: tuple[Limit, ...]
+    budgets: tuple[Quota, Quota]
+    limits: Mapping[str, tuple[Limit, ...]]
     line: WaitingLine
 
 
@@ -620,8 +640,33 @@ def _teller(telemetry: Telemetry) -> Listener:
     return tell
 
 
-def _budgets(config: RouteConfig | None) -> tuple[Limit, ...]:
-    return () if config is None or config.budget is None else (config.budget,)
+def _budgets(config: RouteConfig | None, name: str = "") -> dict[str, tuple[Limit, ...]]:
+    """The limits of a route's budget and of its budget for hedging, by what those are called."""
+    if config is None:
+        return {name: (), hedge_scope(name): ()}
+    return {
+        config.name: () if config.budget is None else (config.budget,),
+        hedge_scope(config.name): () if config.hedge_budget is None else (config.hedge_budget,),
+    }
+
+
+def _charged(route: LiveRoute, *, hedge: bool) -> list[tuple[str, Quota]]:
+    """The budgets that an attempt is charged to, by what they are called."""
+    charged = [(route.name, route.budget)]
+    return [*charged, (route.hedge_scope, route.hedge_budget)] if hedge else charged
+
+
+def _reserved(wanted: Sequence[tuple[Quota, str, Amount]], now: float, wall: float) -> list[Reservation] | None:
+    """A reservation in each ledger, or in none of them."""
+    taken: list[Reservation] = []
+    for quota, name, amount in wanted:
+        reservation = quota.reserve(name, amount, now, wall)
+        if reservation is None:
+            for (other, _, _), earlier in zip(wanted, taken, strict=False):
+                other.release(earlier, now, wall)
+            return None
+        taken.append(reservation)
+    return taken
 
 
 def _inherit_breaker(heir: Account | LiveUpstream, former: Account | LiveUpstream, now: float, *, same: bool) -> None:

@@ -34,7 +34,7 @@ LOOKS: tuple[tuple[int, Scheme], ...] = ((DESK, "light"), (DESK, "dark"), (PHONE
 def _config(broken: ScriptedUpstream, refused: ScriptedUpstream, good: ScriptedUpstream) -> str:
     """Four routes: one falls back, one waits, one has nobody, one is well."""
     providers = (
-        provider("broken", broken.base_url, model="large"),
+        provider("broken", broken.base_url, model="large").replace("131072", "32000"),
         provider("refused", refused.base_url, model="medium"),
         provider(
             "fine", good.base_url, model="large", extra='limits = [{ requests = 5, per = "day", resets = "UTC" }]'
@@ -52,7 +52,6 @@ breaker = {{ failures = 1, open = "300s" }}
 [routes.auto]
 models = ["broken/large", "refused/medium", "fine/large"]
 budget = {{ usd = 0.001, per = "day", resets = "UTC" }}
-hedge = "free"
 [routes.night]
 models = ["scarce/small"]
 [routes.alone]
@@ -149,7 +148,7 @@ async def test_trouble_is_shown_with_its_reasons(tmp_path: Path) -> None:
         await _says(page, "quotas", "fine: requests/day", "1 of 5 left", "in ")
         await _says(page, "spent", "broken/large", "$0.00")
         await _says(page, "failovers", "auto", "refused/medium", "unauthorized", "HTTP 401", "fine/large")
-        assert "hedging is not available" in await page.text("#warnings")
+        assert "its window is 32000 tokens" in await page.text("#warnings")
         assert (await page.evaluate("document.title")).startswith("✕ routerd: down: night, alone")
         assert page.complaints == []
 
