@@ -470,7 +470,8 @@ def budgets(width: int) -> Json:
     return remaining(
         width,
         "Budgets: what is left, and until when",
-        "Routes with a budget. Once it is spent, requests for the route wait for its reset, or are refused.",
+        "Routes with a budget. Once it is spent, requests for the route wait for its reset, or are refused. "
+        "What ends in :hedge is for second requests against a slow first one; once it is spent there are none.",
         "currencyUSD",
         {
             "left": f"min by (scope) (routerd_budget_remaining_usd{{{SCOPE}}})",

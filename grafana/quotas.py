@@ -33,6 +33,7 @@ from grafana.panels import quotas as quota_table
 COST = f"routerd_cost_usd_total{{{UPSTREAM}}}"
 NAME = "{{provider}} {{model}}"
 LIMIT = f'{PROVIDER},limit=~".+/(hour|day|month).*"'
+NO_PRICES = "No fresh prices are fetched"
 NO_LIMIT = "No quota longer than a minute is configured or has been learned"
 
 
@@ -48,6 +49,7 @@ def quotas() -> Json:
             (8, _tokens()),
             (9, [quota_table(12, PROVIDER), budgets(12)]),
             (8, _left()),
+            (7, _prices()),
         ],
     )
 
@@ -171,4 +173,26 @@ def _left() -> Iterator[Json]:
         "currencyUSD",
         decimals=2,
         no_value="No route has a budget",
+    )
+
+
+def _prices() -> Iterator[Json]:
+    yield levels(
+        12,
+        "Age of the prices",
+        "Time since a price list was last found to be what is in use. Beyond a few refreshes: see the log.",
+        {"{{source}}": "time() - min by (source) (routerd_prices_last_refresh_timestamp_seconds)"},
+        "s",
+        no_value=NO_PRICES,
+    )
+    yield bars(
+        12,
+        "Price lists asked for",
+        "By what became of it, and beside them the prices that changed too much to be believed.",
+        {
+            "{{source}} {{result}}": increase("routerd_price_refreshes_total", "source, result"),
+            "{{source}} doubted": increase("routerd_prices_doubted_total", "source"),
+        },
+        "short",
+        no_value=NO_PRICES,
     )

@@ -152,8 +152,8 @@ class ProviderConfig(msgspec.Struct, frozen=True):
 
     ``base_urls`` maps a dialect to the URL its path is appended to; empty for a simulated provider. ``dialect_auth``
     says where another header than ``auth`` holds the key. ``preset`` is its id in the catalog, if it has one. By what
-    the provider calls its models: ``list_priced`` cost what the catalog says, so a fresh price list may say otherwise, and
-    ``rostered`` are offered because the catalog lists them, without a word of the user's.
+    the provider calls its models: ``list_priced`` cost what the catalog says, so a fresh price list may say otherwise,
+    and ``rostered`` are offered because the catalog lists them, without a word of the user's.
     """
 
     name: str

@@ -64,6 +64,7 @@ BREAKER_STATES = ("closed", "open", "half-open")
 RECOVERY_STEPS = ("retry", "continue", "wait", "hedge", "probe")
 RESULTS = ("success", "failure")
 TOKEN_KINDS = ("input", "cached", "output", "reasoning")
+PRICE_RESULTS = ("fresh", "unchanged", "failed", "rejected")
 WAIT_REASONS = ("quota", "breaker", "retry", "budget")
 NEVER_HANDED_ON = (Outcome.SUCCESS, Outcome.CLIENT_ERROR, Outcome.CANCELLED)
 HANDOVERS_KEPT = 50  # for the status page
@@ -201,6 +202,17 @@ class Today:
             row.reasoning_tokens += usage.reasoning_tokens
 
 
+class PriceList(msgspec.Struct):
+    """A source of fresh prices.
+
+    ``checked_at``: Unix seconds of its last good answer. ``result``: of this process's last attempt; empty: none yet.
+    """
+
+    models: int = 0
+    checked_at: float | None = None
+    result: str = ""
+
+
 class Live(msgspec.Struct):
     """The states a scrape shows. Every entry is (labels..., value)."""
 
@@ -311,6 +323,7 @@ class Telemetry:
         self.handovers: deque[Handover] = deque(maxlen=HANDOVERS_KEPT)
         self.today = Today()
         self.config_refused = False
+        self.prices: dict[str, PriceList] = {}  # by source; for the status page
 
     # --- definitions ------------------------------------------------------------------------------------------------
 
@@ -396,6 +409,18 @@ class Telemetry:
         self.config_successful = Gauge(
             "routerd_config_last_reload_successful",
             "1 if the config last offered was taken up, 0 if an older one is still in force.",
+            registry=self.registry,
+        )
+        self.price_refreshes = self._counter(
+            "routerd_price_refreshes", "Price lists asked for.", ("source", "result")
+        )
+        self.price_doubts = self._counter(
+            "routerd_prices_doubted", "Prices that changed too much to be believed.", ("source",)
+        )
+        self.price_time = Gauge(
+            "routerd_prices_last_refresh_timestamp_seconds",
+            "When a price list was last found to be what is in use.",
+            ("source",),
             registry=self.registry,
         )
         build = Info("routerd_build", "What is running.", registry=self.registry)
@@ -490,6 +515,34 @@ class Telemetry:
         self.config_refused = not success
         if success:
             self.config_success_time.set_to_current_time()
+
+    def watch_prices(self, sources: Sequence[str]) -> None:
+        """Count and show these price lists from now on, and no others."""
+        for source in self.prices.keys() - set(sources):
+            if self.prices.pop(source).checked_at is not None:
+                self.price_time.remove(source)
+        for source in sources:
+            self.prices.setdefault(source, PriceList())
+            self.price_doubts.labels(source)
+            for result in PRICE_RESULTS:
+                self.price_refreshes.labels(source, result)
+
+    def prices_known(self, source: str, models: int, checked_at: float) -> None:
+        """Note how many models a price list has, and when that was last so. Nothing if the source is not watched."""
+        known = self.prices.get(source)
+        if known is not None:
+            known.models, known.checked_at = models, checked_at
+            self.price_time.labels(source).set(checked_at)
+
+    def price_refresh(self, source: str, result: str) -> None:
+        """Count an attempt to refresh a price list."""
+        self.price_refreshes.labels(source, result).inc()
+        if source in self.prices:
+            self.prices[source].result = result
+
+    def prices_doubted(self, source: str, count: int) -> None:
+        """Count prices that were not believed."""
+        self.price_doubts.labels(source).inc(count)
 
     def transition(self, provider: str, model: str, before: str, after: str) -> None:
         """Count and log a breaker's change of state."""

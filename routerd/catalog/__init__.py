@@ -4,7 +4,8 @@ Theory of operation
 -------------------
 Two JSON files beside this module hold facts and nothing else: ``providers.json`` says how to reach a vendor and what it
 demands, ``models.json`` who offers which model under which name, for how much. ``load()`` decodes both once, into
-frozen structs that refuse unknown fields, so whatever stands in the files is declared here and read by somebody.
+frozen structs that refuse unknown fields, so whatever stands in the files is declared here and read by somebody. A
+third, ``feeds.json``, says where fresher prices are published; ``fresh.py`` reads it, and them.
 
 * A *public* name is ours and lower-case (``mimo-v2.6-pro``); a *wire* name is what one provider calls the same model
   (``xiaomi/mimo-v2.6-pro``). One provider offers one public name at most once: a free variant is a model of its own.

@@ -95,7 +95,7 @@ def _tokens(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    loaded = cli.load_config(args)
+    loaded, _ = cli.load_priced(args)
     explanation = asyncio.run(_explain(loaded, _head(args.model, args.tokens)))
     if explanation is None:
         near = loaded.near(args.model)

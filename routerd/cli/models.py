@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 
 from routerd import catalog, cli
 from routerd.canonical import Price, Upstream
@@ -23,14 +24,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    loaded = cli.load_config(args)
+    loaded, refreshed = cli.load_priced(args)
     if args.json:
-        print(json.dumps(_document(loaded), indent=1))
+        print(json.dumps(_document(loaded, refreshed), indent=1))
         return cli.EXIT_FINE
     for route in loaded.routes.values():
         tiers = [dict.fromkeys(f"{upstream.provider}/{upstream.model}" for upstream in tier) for tier in route.tiers]
         print(f"{route.name}: {' > '.join(' | '.join(tier) for tier in tiers)}")
-    print(f"\nUSD per million tokens, as of {catalog.load().as_of} where the config says nothing else\n")
+    print(f"\nUSD per million tokens, as of {catalog.load().as_of} where the config says nothing else")
+    for source, at in refreshed.items():
+        print(f"refreshed from {source} at {datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M} UTC")
+    print()
     cli.print_table(HEADINGS, [_row(upstream) for upstream in _offers(loaded)], NUMERIC)
     return cli.EXIT_FINE
 
@@ -64,9 +68,10 @@ def _abilities(upstream: Upstream) -> list[str]:
     return [name for name, has in able.items() if has]
 
 
-def _document(loaded: Config) -> dict[str, object]:
+def _document(loaded: Config, refreshed: Mapping[str, float]) -> dict[str, object]:
     return {
         "as_of": catalog.load().as_of,
+        "refreshed": dict(refreshed),
         "routes": [
             {
                 "name": route.name,

@@ -21,7 +21,7 @@ from routerd.config import Config, Listen
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from routerd.proxy.status import Failover, RouteStatus, Status, UpstreamStatus
+    from routerd.proxy.status import Failover, PricesStatus, RouteStatus, Status, UpstreamStatus
 
 NAME = "status"
 HELP = "show breakers, quotas, latencies and spend of the running daemon"
@@ -221,10 +221,19 @@ def _head(status: Status) -> Iterator[str]:
         f"routerd {status.version}, up {_span(status.uptime_s)}, {count} open request{'s' * (count != 1)}, "
         f"prices as of {status.catalog_as_of}"
     )
+    for source, prices in status.prices.items():
+        yield _prices(source, prices)
     if status.simulated:
         yield f"{CARE} SIMULATED: no provider key and no config was found, so every answer is made up"
     for warning in status.warnings:
         yield f"{CARE} {warning.path}{': ' if warning.path else ''}{warning.message}"
+
+
+def _prices(source: str, prices: PricesStatus) -> str:
+    trouble = prices.result in ("failed", "rejected")
+    known = "none yet" if prices.age_s is None else f"{prices.models:,} models, {_span(prices.age_s)} old"
+    attempt = f", last attempt {prices.result}" if trouble else ""
+    return f"{CARE if trouble else GOOD} prices of {source}: {known}{attempt}"
 
 
 def _sections(status: Status) -> Iterator[Section]:

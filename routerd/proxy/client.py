@@ -80,11 +80,11 @@ class ConnectFailed(Exception):
 
 
 class Target:
-    """Where and as whom to post: made once per upstream and key, so that nothing is built per request."""
+    """Where and as whom to ask: made once per upstream and key, so that nothing is built per request."""
 
     __slots__ = ("head", "origin")
 
-    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+    def __init__(self, url: str, headers: Mapping[str, str], *, method: str = "POST") -> None:
         """``ValueError`` for a URL that is none, or a header that could change the request's shape."""
         parts = urlsplit(url)
         self.origin = _origin(parts)
@@ -92,7 +92,7 @@ class Target:
         if not own.keys().isdisjoint(_FRAMING):
             raise ValueError(f"set by the client itself: {', '.join(sorted(own.keys() & _FRAMING))}")
         fixed = {name.lower(): (name, value) for name, value in {**_FIXED, "Host": _authority(parts)}.items()}
-        lines = [f"POST {_path(parts)} HTTP/1.1", *(_line(*header) for header in {**fixed, **own}.values())]
+        lines = [f"{method} {_path(parts)} HTTP/1.1", *(_line(*header) for header in {**fixed, **own}.values())]
         self.head = "\r\n".join([*lines, ""]).encode("latin-1") + _LENGTH
 
     def extended(self, headers: Mapping[str, str]) -> Target:
@@ -182,8 +182,11 @@ class Client:
     def __repr__(self) -> str:
         return f"<Client {len(self._open)} open, {len(self._idle)} idle{', closed' if self._closed else ''}>"
 
-    async def post(self, target: Target, body: bytes) -> Reply:
-        """Send, and wait for the headers. An idle connection found dead on use is replaced once, unseen."""
+    async def post(self, target: Target, body: bytes, on_resend: Callable[[], None] | None = None) -> Reply:
+        """Send, and wait for the headers. An idle connection found dead on use is replaced once, unseen.
+
+        ``on_resend`` is called then, for the other side may have taken the first one too.
+        """
         connection = self._take(target.origin)
         if connection is not None:
             try:
@@ -191,8 +194,14 @@ class Client:
             except ConnectionTorn:
                 if connection.heard:
                     raise
+                if on_resend is not None:
+                    on_resend()
         connection = await self._connect(target.origin)
         return await connection.post(target.head, body)
+
+    async def get(self, target: Target) -> Reply:
+        """Ask, and wait for the headers. ``target`` is made for the method GET."""
+        return await self.post(target, b"")
 
     async def close(self) -> None:
         """Close everything; whoever still waits for an answer is told that it is torn."""

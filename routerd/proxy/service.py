@@ -7,6 +7,7 @@ Rules
   exchange from then on; those already open keep what they began with, and when the last of them has ended, that is
   closed. What is known of the upstreams (ledgers, breakers, latencies, warm caches, the line of those who wait) is
   handed over in memory. Addresses, the body limit and the state file are fixed until a restart, and a change is said.
+* **Fresh prices** are taken up in the same way, but into the config in force: the file is not read again for them.
 * **A stop** (SIGTERM, SIGINT) drains. Nothing new is accepted, but a listening socket that was inherited is not closed:
   whoever connects waits there for the next process. Exchanges that are open end in their own time, up to ``DRAIN_S``;
   what is then still open ends with an honest error. A second signal ends the wait.
@@ -44,8 +45,11 @@ from aiohttp import web
 from routerd import __version__
 from routerd.config import Config, ConfigError, Listen, Problem, ProviderConfig
 from routerd.proxy.app import App
+from routerd.proxy.chain import Chains
 from routerd.proxy.notify import FDS_MAX, FORGET_CONNECTIONS, READY, STOPPING, WATCHDOG, Manager, take
 from routerd.proxy.pool import Pool
+from routerd.proxy.refresh import Refresher
+from routerd.proxy.repricing import Repriced
 from routerd.proxy.simulated import Script, SimulatedServer, turn_for
 from routerd.state import StateError, Store, open_store
 from routerd.telemetry import Telemetry
@@ -148,6 +152,9 @@ class Service:
         self._hurry = asyncio.Event()
         self._closing = False
         self._serving = False
+        self._base = config  # what is in force, at the prices it is written with
+        self._prices = Refresher(config.state_url, telemetry, self.reprice)
+        self._changing = asyncio.Lock()  # what is in force is changed by one at a time
         self._reload_wanted = False
         self._reloading: asyncio.Task[None] | None = None
         self._reload_failed = False
@@ -188,9 +195,13 @@ class Service:
             await self._stack.aclose()
 
     async def _start(self) -> None:
-        self._in_force = await InForce.begin(self._config, self._store, self._telemetry)
+        priced = await self._prices.priced(self._config)
+        self._in_force = await InForce.begin(priced.config, self._store, self._telemetry)
+        self._prices.take_up(self._config, priced)
         self._stack.push_async_callback(self._end_all)
-        self._app = App(self._config, self._in_force.pool, self._telemetry)
+        self._chains = Chains(self._store)
+        await self._chains.restore()
+        self._app = App(self._in_force.config, self._in_force.pool, self._telemetry, self._chains)
         self._telemetry.watch(self._in_force.pool.snapshot)
         self._telemetry.config_in_force()
         self._stack.callback(self._checkpoint)
@@ -204,6 +215,7 @@ class Service:
         if self._manager.watchdog_s is not None:
             feed = _every(self._manager.watchdog_s / FEEDINGS, lambda: self._manager.tell(WATCHDOG))
             await self._stack.enter_async_context(feed)
+        await self._stack.enter_async_context(self._prices.running())
         self._serving = True
         if self._reload_wanted:
             self.reload_soon()
@@ -218,6 +230,7 @@ class Service:
 
     def _checkpoint(self) -> None:
         self._in_force.pool.checkpoint()
+        self._chains.checkpoint()
 
     def stop(self) -> None:
         """Begin to stop; a second call ends the wait for open exchanges."""
@@ -351,33 +364,56 @@ class Service:
 
     async def _try_reload(self) -> tuple[Problem, ...]:
         """Every reason why the configuration is not in force now; none if it is."""
-        try:
-            config = await asyncio.to_thread(self._load)
-            self._check_exposed(config)
-            in_force = await InForce.begin(config, self._store, self._telemetry, self._in_force)
-        except ConfigError as error:
-            return error.problems
-        except (StateError, OSError) as error:
-            return (Problem("", str(error)),)
-        self._take_up(in_force)
+        async with self._changing:
+            try:
+                config = await asyncio.to_thread(self._load)
+                self._check_exposed(config)
+                await self._bring_in_force(config, await self._prices.priced(config))
+            except ConfigError as error:
+                return error.problems
+            except (StateError, OSError) as error:
+                return (Problem("", str(error)),)
+        self._tell_reloaded(config)
         return ()
+
+    async def reprice(self) -> None:
+        """Take up fresh prices, with the configuration that is in force."""
+        async with self._changing:
+            if self.stopping.is_set():
+                return
+            priced = await self._prices.priced(self._base)
+            if priced.config == self._in_force.config:
+                self._prices.take_up(self._base, priced)
+                return
+            try:
+                await self._bring_in_force(self._base, priced)
+            except (StateError, OSError) as error:
+                self._telemetry.log.error("the fresh prices are not taken up", message=str(error))
+
+    async def _bring_in_force(self, config: Config, priced: Repriced) -> None:
+        """Replace what is in force with this configuration at these prices. Raises StateError and OSError."""
+        self._take_up(await InForce.begin(priced.config, self._store, self._telemetry, self._in_force))
+        self._base = config
+        self._prices.take_up(config, priced)
 
     def _take_up(self, in_force: InForce) -> None:
         former, self._in_force = self._in_force, in_force
         self._app.adopt(in_force.config, in_force.pool)
         self._telemetry.watch(in_force.pool.snapshot)
-        self._telemetry.log.info(
-            "reloaded",
-            config=str(in_force.config.source) if in_force.config.source else "environment",
-            providers=list(in_force.config.providers),
-            routes=list(in_force.config.routes),
-            open_exchanges=self._app.open_exchanges,
-        )
-        self._warn(in_force.config)
-        self._warn_fixed(in_force.config)
         task = asyncio.ensure_future(self._retire(former))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
+
+    def _tell_reloaded(self, config: Config) -> None:
+        self._telemetry.log.info(
+            "reloaded",
+            config=str(config.source) if config.source else "environment",
+            providers=list(config.providers),
+            routes=list(config.routes),
+            open_exchanges=self._app.open_exchanges,
+        )
+        self._warn(config)
+        self._warn_fixed(config)
 
     def _warn_fixed(self, config: Config) -> None:
         """Say which changes wait for a restart."""

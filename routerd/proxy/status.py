@@ -145,6 +145,18 @@ class Warning(msgspec.Struct, frozen=True):  # noqa: A001 - that is what it is
     message: str
 
 
+class PricesStatus(msgspec.Struct, frozen=True):
+    """A source of fresh prices.
+
+    ``age_s``: since its last good answer; None: there was none. ``result``: of the last attempt (fresh, unchanged,
+    failed, rejected); empty: none since the start.
+    """
+
+    age_s: float | None
+    models: int
+    result: str
+
+
 class Status(msgspec.Struct, frozen=True):
     """``at`` and ``since`` are Unix seconds."""
 
@@ -161,6 +173,7 @@ class Status(msgspec.Struct, frozen=True):
     today: SpentToday
     failovers: tuple[Failover, ...]
     warnings: tuple[Warning, ...]
+    prices: dict[str, PricesStatus] = {}  # by source; empty: none are fetched
 
 
 class Moment(msgspec.Struct, frozen=True):
@@ -188,6 +201,7 @@ def snapshot(config: Config, pool: Pool, telemetry: Telemetry, moment: Moment, *
         today=_today(telemetry, moment),
         failovers=tuple(_failovers(telemetry)),
         warnings=tuple(_warnings(config, pool, telemetry)),
+        prices=_prices(telemetry, moment),
     )
 
 
@@ -340,6 +354,15 @@ def _today(telemetry: Telemetry, moment: Moment) -> SpentToday:
 
 def _spent(provider: str, model: str, spent: Spent) -> SpentStatus:
     return SpentStatus(provider, model, *msgspec.structs.astuple(spent))
+
+
+def _prices(telemetry: Telemetry, moment: Moment) -> dict[str, PricesStatus]:
+    return {
+        source: PricesStatus(
+            None if one.checked_at is None else max(0.0, moment.wall - one.checked_at), one.models, one.result
+        )
+        for source, one in telemetry.prices.items()
+    }
 
 
 def _failovers(telemetry: Telemetry) -> Iterable[Failover]:

@@ -18,6 +18,7 @@ import pytest
 from routerd.canonical import Usage
 from routerd.proxy.simulated import Answer, Fault, Received, Turn
 from tests.fakes import ScriptedUpstream
+from tests.feeds import Page, ScriptedFeed, tree_body
 from tests.grafana import boards
 from tests.grafana.prometheus import Prometheus, Series, needs_prometheus, prometheus
 from tests.grafana.test_rules import PROMTOOL, needs_promtool
@@ -36,6 +37,12 @@ ROUNDS = 6
 def _fickle(request: Received) -> Turn:
     """A provider that throttles, fails, falls silent, and sometimes answers."""
     return (DOWN, LIMITED, STALLED, GOOD)[request.number % 4]
+
+
+def _prices(feed: ScriptedFeed) -> str:
+    """TOML for a provider that nobody asks, and the list with its prices."""
+    known = '[providers.spare]\npreset = "minimax"\napi_key = "unused"\n'
+    return f'{known}[prices]\nrefresh = "1h"\nurls = {{ "models.dev" = "{feed.url}" }}\n'
 
 
 def _text(steady: ScriptedUpstream, fickle: ScriptedUpstream, last: ScriptedUpstream) -> str:
@@ -65,7 +72,8 @@ async def _served(tmp_path: Path) -> AsyncIterator[Daemon]:
         ScriptedUpstream(GOOD) as steady,
         ScriptedUpstream(_fickle) as fickle,
         ScriptedUpstream(GOOD) as last,
-        daemon(_text(steady, fickle, last), tmp_path) as served,
+        ScriptedFeed(Page(tree_body({}))) as feed,
+        daemon(_text(steady, fickle, last) + _prices(feed), tmp_path) as served,
     ):
         yield served
 
@@ -108,6 +116,7 @@ async def test_dashboards(tmp_path: Path) -> None:
         await _load(served.url)
         ended = served.total("routerd_exchanges_total")
         await server.until(lambda: _equals(server, "sum(routerd_exchanges_total)", ended))
+        await server.until(partial(server.value, "routerd_prices_last_refresh_timestamp_seconds"))
 
         assert silent == []
         assert list(await _empty_panels(server)) == []
