@@ -72,6 +72,20 @@ def load_config(args: argparse.Namespace) -> config.Config:
     return loaded
 
 
+def load_priced(args: argparse.Namespace) -> tuple[config.Config, dict[str, float]]:
+    """The configuration at the prices its daemon has fetched, and when it has, by source. Raises ConfigError."""
+    loaded = load_config(args)
+    if loaded.prices.refresh_s is None:
+        return loaded, {}
+    from routerd.proxy.refresh import SavedUnusable, at_saved_prices
+
+    try:
+        return at_saved_prices(loaded, saved_state(loaded))
+    except SavedUnusable as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return loaded, {}
+
+
 def print_problems(problems: tuple[config.Problem, ...], prefix: str = "") -> None:
     """To stderr, one a line."""
     for problem in problems:

@@ -14,10 +14,8 @@ import pytest
 import uvloop
 
 from routerd.canonical import Usage
-from routerd.proxy.simulated import (
-    COMMENT,
+from routerd.proxy.scripts import (
     FAULTS,
-    LAST_CHUNK,
     PLACED_KINDS,
     PLACES,
     TEXT,
@@ -27,12 +25,13 @@ from routerd.proxy.simulated import (
     Place,
     PlacedKind,
     Script,
-    SimulatedServer,
     Step,
     Turn,
     example,
     turn_for,
 )
+from routerd.proxy.simulated import SimulatedServer
+from routerd.proxy.strikes import COMMENT, LAST_CHUNK
 
 SILENCE_S = 0.03  # long enough to call a loopback connection silent; only a server that is not can fail by it
 
