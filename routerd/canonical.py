@@ -12,6 +12,7 @@ Rules
 from __future__ import annotations
 
 import enum
+import hashlib
 import hmac
 from collections.abc import Callable
 from typing import Literal
@@ -228,6 +229,8 @@ class Head(msgspec.Struct, frozen=True):
     conversation: int  # hash of the stable prefix: the same through all turns of one conversation
     streamable: bool = True  # nothing asked for is lost when the answer is streamed and put together again
     structured: bool = False  # the answer's text must fit a schema, or at least be JSON
+    previous: str = ""  # the earlier answer that is named instead of sending the conversation
+    kept: bool = False  # the client wants to be able to name the answer to this one
 
 
 class Text(msgspec.Struct, frozen=True, tag="text"):
@@ -258,6 +261,10 @@ class Reasoning(msgspec.Struct, frozen=True, tag="reasoning"):
     text: str
     signature: str = ""
     sealed: str = ""
+
+    @property
+    def seal(self) -> str:
+        return self.signature or self.sealed
 
 
 class ToolCall(msgspec.Struct, frozen=True, tag="tool_call"):
@@ -352,7 +359,12 @@ class Remembered(msgspec.Struct, frozen=True):
 
 
 Recall = Callable[[str], Remembered | None]
-"""What is remembered of the answer that made a tool call, by the call's id."""
+"""What is remembered of the answer that made a tool call, by the call's id; of one without calls, by ``seal_key``."""
+
+
+def seal_key(seal: str) -> str:
+    """What thinking is remembered by where no call is: its own seal, which nobody else's has."""
+    return hashlib.blake2b(seal.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 class Fix(msgspec.Struct, frozen=True):

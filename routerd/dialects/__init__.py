@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 import msgspec
@@ -29,6 +29,7 @@ class Stamp(msgspec.Struct, frozen=True):
     model: str
     created: int
     include_usage: bool = False  # chat: the client asked for the usage chunk
+    asked: bytes = b""  # the client's request, for a dialect whose answers repeat some of it
 
 
 class Decoder(Protocol):
@@ -70,6 +71,35 @@ class Encoder(Protocol):
         """Return the failure as an in-protocol event. Nothing may follow it, least of all a terminal marker."""
 
 
+class Recorder(Protocol):
+    """Reads along what one client is sent, in its own dialect, until the end of an answer that can be gone on from."""
+
+    def stream(self, data: bytes) -> tuple[str, bytes] | None:
+        """``data``: whole events. Once the end is among them: the answer's id, and its items as a JSON array."""
+
+    def body(self, data: bytes) -> tuple[str, bytes] | None:
+        """The same of a whole answer."""
+
+
+class Chaining(Protocol):
+    """How clients of this API go on from an earlier answer by naming it instead of sending the conversation again.
+
+    ``Head.previous`` and ``Head.kept`` say whether a request does, and whether its answer is to be gone on from.
+    """
+
+    def input_items(self, body: bytes) -> bytes:
+        """What this request adds to the conversation, as a JSON array of items. Raises ``BadRequest``."""
+
+    def chained(self, body: bytes, history: Sequence[bytes]) -> bytes:
+        """The same request with the conversation in it, which it no longer names. Raises ``BadRequest``.
+
+        ``history``: JSON arrays of items, oldest first.
+        """
+
+    def recorder(self) -> Recorder:
+        """Return a recorder for one exchange."""
+
+
 class Dialect(Protocol):
     """One wire API.
 
@@ -77,6 +107,7 @@ class Dialect(Protocol):
     ``key_header``: where this API's own vendor looks for the key; ``""`` for a bearer token.
     ``continuations``: the manners of ``Fix.continuation`` that can be said in this dialect; any can be ``instructed``.
     ``follows``: its encoders are to be shown what is sent on as it came.
+    ``chaining``: None where every request brings the whole conversation.
     """
 
     name: str
@@ -88,6 +119,7 @@ class Dialect(Protocol):
     key_header: str
     continuations: frozenset[str]
     follows: bool
+    chaining: Chaining | None
 
     def read_head(self, body: bytes) -> Head:
         """Read what routing needs. Raises ``BadRequest``."""

@@ -40,20 +40,16 @@ from routerd.canonical import (
     Frame,
     Head,
     ReasoningDelta,
-    Recall,
-    Request,
-    Side,
     Start,
     TextDelta,
     ToolDelta,
     ToolStart,
-    Upstream,
     UpstreamProtocolError,
     UpstreamTruncated,
     Usage,
     UsageReport,
 )
-from routerd.dialects import Stamp
+from routerd.dialects import Chaining, Stamp
 from routerd.dialects.chat_request import (
     JSON_ERRORS,
     continue_request,
@@ -62,8 +58,9 @@ from routerd.dialects.chat_request import (
     tool_schemas,
 )
 from routerd.dialects.chat_translate import decode_request, encode_request
-from routerd.dialects.faults import find_fault, named_fault, read_fault, read_json, told_status
+from routerd.dialects.faults import find_fault, named_fault, read_fault, read_json, told_error
 from routerd.dialects.sse import BLOCK_BYTES_MAX, DONE, Block, Framer
+from routerd.dialects.tokens import cost_usd, count
 
 DETAILS_BYTES_MAX: Final = 4 * 1024 * 1024  # of an answer's sealed thinking; of more, none is kept
 
@@ -380,10 +377,6 @@ def _read_calls(delta: _Delta, calls: _Calls, events: list[Event]) -> None:
 # --- answers: usage and faults ----------------------------------------------------------------------------------------
 
 
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
-
-
 def _read_usage(report: Any) -> UsageReport | None:
     """Read usage under any of its names; what is not a number counts as nothing.
 
@@ -395,24 +388,23 @@ def _read_usage(report: Any) -> UsageReport | None:
     if not isinstance(report, dict):
         return None
     prompt_details, completion_details = _details(report, "prompt"), _details(report, "completion")
-    prompt, completion = _count(report.get("prompt_tokens")), _count(report.get("completion_tokens"))
+    prompt, completion = count(report.get("prompt_tokens")), count(report.get("completion_tokens"))
     cached = (
-        _count(prompt_details.get("cached_tokens"))
-        or _count(report.get("prompt_cache_hit_tokens"))
-        or _count(report.get("cached_tokens"))
-        or _count(report.get("cache_read_input_tokens"))
+        count(prompt_details.get("cached_tokens"))
+        or count(report.get("prompt_cache_hit_tokens"))
+        or count(report.get("cached_tokens"))
+        or count(report.get("cache_read_input_tokens"))
     )
-    uncounted = max(0, _count(report.get("total_tokens")) - prompt - completion) if prompt else 0
+    uncounted = max(0, count(report.get("total_tokens")) - prompt - completion) if prompt else 0
     output = completion + uncounted
-    reasoning = _count(completion_details.get("reasoning_tokens")) or uncounted
-    cost = report.get("cost")
+    reasoning = count(completion_details.get("reasoning_tokens")) or uncounted
     return UsageReport(
         Usage(
             input_tokens=prompt,
             cached_tokens=min(cached, prompt),
             output_tokens=output,
             reasoning_tokens=min(reasoning, output),
-            cost_usd=float(cost) if isinstance(cost, int | float) and 0 <= cost < 1e9 else None,
+            cost_usd=cost_usd(report.get("cost")),
         )
     )
 
@@ -702,7 +694,7 @@ class ChatEncoder:
     def error(self, failure: Failure) -> bytes:
         """One chunk with a top-level error, as OpenRouter reports failures after the start (its docs, 2026-08)."""
         choices = b',"choices":[{"index":0,"delta":{},"finish_reason":"error"}]'
-        return self._head + choices + b',"error":' + _encode(_error(failure)) + b"}\n\n"
+        return self._head + choices + b',"error":' + _encode(told_error(failure)) + b"}\n\n"
 
     def _on_start(self, _: Start) -> bytes:
         if self._started:
@@ -835,33 +827,6 @@ class _Message:
         return message
 
 
-# status: (type, code). No text here may hold words that clients take for a full context window or a billing stop.
-_ERRORS: Final[dict[int, tuple[str, str]]] = {
-    400: ("invalid_request_error", "invalid_request"),
-    401: ("authentication_error", "invalid_api_key"),
-    403: ("permission_error", "forbidden"),
-    404: ("invalid_request_error", "model_not_found"),
-    413: ("invalid_request_error", "request_too_large"),
-    429: ("rate_limit_error", "rate_limit_exceeded"),
-    500: ("server_error", "internal_error"),
-    502: ("server_error", "bad_gateway"),
-    503: ("server_error", "overloaded"),
-    504: ("server_error", "timeout"),
-}
-
-
-def _error(failure: Failure) -> dict[str, Any]:
-    upstream = failure.side is Side.UPSTREAM
-    status = told_status(failure)
-    kind, code = _ERRORS.get(status) or _ERRORS[400 if status < 500 else 500]
-    return {
-        "message": failure.detail,
-        "type": kind,
-        "param": None,
-        "code": code if upstream else failure.code or code,
-    }
-
-
 # --- the dialect ------------------------------------------------------------------------------------------------------
 
 
@@ -877,33 +842,21 @@ class ChatDialect:
     key_header = ""
     continuations: frozenset[str] = frozenset({"trailing", "prefix", "partial", "flags"})
     follows = False
+    chaining: Chaining | None = None
 
-    def read_head(self, body: bytes) -> Head:
-        return read_head(body)
-
-    def patch_request(self, body: bytes, head: Head, upstream: Upstream, recall: Recall | None = None) -> bytes:
-        return patch_request(body, head, upstream, recall)
-
-    def decode_request(self, body: bytes) -> Request:
-        return decode_request(body)
-
-    def encode_request(self, request: Request) -> bytes:
-        return encode_request(request)
-
-    def tool_schemas(self, body: bytes) -> dict[str, dict[str, Any]]:
-        return tool_schemas(body)
-
-    def continue_request(self, body: bytes, text: str, manner: str) -> bytes:
-        return continue_request(body, text, manner)
+    read_head = staticmethod(read_head)
+    patch_request = staticmethod(patch_request)
+    decode_request = staticmethod(decode_request)
+    encode_request = staticmethod(encode_request)
+    tool_schemas = staticmethod(tool_schemas)
+    continue_request = staticmethod(continue_request)
+    decode_body = staticmethod(_read_body)
 
     def decoder(self) -> ChatDecoder:
         return ChatDecoder()
 
     def encoder(self, stamp: Stamp) -> ChatEncoder:
         return ChatEncoder(stamp)
-
-    def decode_body(self, body: bytes) -> list[Event]:
-        return _read_body(body)
 
     def encode_body(self, events: Iterable[Event], stamp: Stamp) -> bytes:
         return _Message(events).encode(stamp)
@@ -912,7 +865,7 @@ class ChatDialect:
         return _encode({"total_tokens": head.prompt_tokens})
 
     def encode_error(self, failure: Failure) -> bytes:
-        return _encode({"error": _error(failure)})
+        return _encode({"error": told_error(failure)})
 
 
 DIALECT: Final = ChatDialect()

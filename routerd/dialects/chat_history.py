@@ -76,7 +76,7 @@ def _tool_content_as_string(message: Fields) -> bool:
     content = message.get("content", _NULL)
     if _is_string(content):
         return False
-    message["content"] = _EMPTY_STRING if _is_null(content) else msgspec.Raw(_encode(_joined_parts(bytes(content))))
+    message["content"] = _EMPTY_STRING if _is_null(content) else msgspec.Raw(_encode(joined_parts(bytes(content))))
     return True
 
 
@@ -85,7 +85,7 @@ class _TextPart(msgspec.Struct, gc=False):
     text: str | None = None
 
 
-def _joined_parts(content: bytes) -> str:
+def joined_parts(content: bytes) -> str:
     """Return the text of a list of parts; a part without text leaves its type, so that the model knows of it."""
     try:
         parts = msgspec.json.decode(content, type=list[_TextPart])
@@ -178,7 +178,7 @@ def _only_strict_arguments(message: Fields) -> bool:
 
 def _has_strict_arguments(calls: msgspec.Raw) -> bool:
     try:
-        return all(_is_object(call.function.arguments) for call in _decode_calls(calls) or ())
+        return all(is_object(call.function.arguments) for call in _decode_calls(calls) or ())
     except msgspec.ValidationError:
         return False
 
@@ -189,7 +189,7 @@ def _strict_arguments(call: Fields) -> bool:
     except msgspec.ValidationError:
         return False
     arguments = bytes(function.get("arguments", _NULL))
-    if arguments.startswith(b'"') and _is_object(msgspec.json.decode(arguments, type=str)):
+    if arguments.startswith(b'"') and is_object(msgspec.json.decode(arguments, type=str)):
         return False
     whole = arguments.startswith(b"{")
     function["arguments"] = msgspec.Raw(_encode(arguments.decode())) if whole else _EMPTY_ARGUMENTS
@@ -197,7 +197,7 @@ def _strict_arguments(call: Fields) -> bool:
     return True
 
 
-def _is_object(text: str) -> bool:
+def is_object(text: str) -> bool:
     try:
         _decode_fields(text)
     except JSON_ERRORS:
@@ -232,10 +232,10 @@ def _digest(fix: Fix, call_id: str) -> str:
 def _fitting_ids(fix: Fix, message: Fields) -> bool:
     if all(_fits(fix, call_id) for call_id in _call_ids(message)):
         return False
-    return _each_call(partial(_fitting_field, fix, "id"), message)
+    return _each_call(partial(fitting_field, fix, "id"), message)
 
 
-def _fitting_field(fix: Fix, name: str, fields: Fields) -> bool:
+def fitting_field(fix: Fix, name: str, fields: Fields) -> bool:
     call_id = _string(fields.get(name, _NULL))
     if not call_id or _fits(fix, call_id):
         return False
@@ -419,7 +419,7 @@ def _rewrites(upstream: Upstream, recall: Recall | None) -> dict[bytes, list[_Re
         answers.append(partial(_own_signatures, upstream.author, fix.blank_signature, recall))
     if fix.call_id_length is not None or fix.call_id_limit is not None:  # last: recall goes by the client's ids
         answers.append(partial(_fitting_ids, fix))
-        rewrites[_TOOL].append(partial(_fitting_field, fix, "tool_call_id"))
+        rewrites[_TOOL].append(partial(fitting_field, fix, "tool_call_id"))
     return rewrites
 
 

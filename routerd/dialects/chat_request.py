@@ -18,7 +18,8 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -29,8 +30,11 @@ from routerd.dialects.chat_history import Fields
 IMAGE_TOKENS: Final = 1600  # a large image at the vendors that publish a formula
 BYTES_PER_TOKEN: Final = 4
 CONVERSATION_MESSAGES_MAX: Final = 4  # the first user message is looked for no further down
+NO_MODEL: Final = '"model" is missing: name a route or a model that GET /v1/models lists'
 
 JSON_ERRORS: Final = chat_history.JSON_ERRORS
+
+_T = TypeVar("_T")
 
 _encode: Final = msgspec.json.Encoder().encode
 _decode_fields: Final = msgspec.json.Decoder(Fields).decode
@@ -73,14 +77,14 @@ class _Request(msgspec.Struct, gc=False):
 _decode_request: Final = msgspec.json.Decoder(_Request).decode
 _LIST_START, _STRING_START = b'["'
 _IMAGE_KEY: Final = re.compile(rb'(?<!\\)"image_url"\s*:')
-_DATA_URL: Final = re.compile(rb'"data:[^",]*;base64,[^"]*"')
+DATA_URL: Final = re.compile(rb'"data:[^",]*;base64,[^"]*"')
 
 
 def read_head(body: bytes) -> Head:
     """See ``Dialect.read_head``. The estimate of prompt tokens takes the whole body for prompt: it nearly is."""
-    request = _read_request(body)
+    request = read_request(_decode_request, body, "messages")
     if not request.model:
-        raise BadRequest('"model" is missing: name a route or a model that GET /v1/models lists')
+        raise BadRequest(NO_MODEL)
     if not request.messages:
         raise BadRequest('"messages" is missing or empty: send at least one message')
     images, image_bytes = _images(request.messages)
@@ -88,7 +92,7 @@ def read_head(body: bytes) -> Head:
     return Head(
         model=request.model,
         stream=request.stream is True,
-        tools=_is_filled(request.tools) or _is_filled(request.functions),
+        tools=is_filled(request.tools) or is_filled(request.functions),
         images=images > 0,
         include_usage=options is not None and options.include_usage is True,
         max_output_tokens=request.max_completion_tokens or request.max_tokens,
@@ -103,25 +107,26 @@ def _is_streamable(request: _Request) -> bool:
     """Several choices, log probabilities and sound have no place in the events of a stream."""
     if request.logprobs or (request.n or 1) > 1:
         return False
-    return not (_is_filled(request.audio) or b"audio" in bytes(request.modalities))
+    return not (is_filled(request.audio) or b"audio" in bytes(request.modalities))
 
 
-def _read_request(body: bytes) -> _Request:
+def read_request(decode: Callable[[bytes], _T], body: bytes, content: str) -> _T:
+    """Read the body as far as ``decode`` does. ``content`` is the field that makes it a request, in case it is none."""
     try:
-        return _decode_request(body)
+        return decode(body)
     except msgspec.ValidationError as error:
         raise BadRequest(f"the request has the wrong shape: {error}") from None
     except JSON_ERRORS:
         pass
     try:
-        return _decode_request(mended(body))
+        return decode(mended(body))
     except msgspec.ValidationError as error:
         raise BadRequest(f"the request has the wrong shape: {error}") from None
     except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
-        raise BadRequest('the body is not JSON: send one object with "model" and "messages"') from None
+        raise BadRequest(f'the body is not JSON: send one object with "model" and "{content}"') from None
 
 
-def _is_filled(array: msgspec.Raw) -> bool:
+def is_filled(array: msgspec.Raw) -> bool:
     return len(array) > 16 or bytes(array).strip(b"[] \t\r\n") not in (b"", b"null")
 
 
@@ -149,7 +154,7 @@ def _images(turns: list[_Turn]) -> tuple[int, int]:
             text = bytes(content)
             if b'"image_url"' in text:
                 count += len(_IMAGE_KEY.findall(text))
-                size += sum(map(len, _DATA_URL.findall(text)))
+                size += sum(map(len, DATA_URL.findall(text)))
     return count, size
 
 
@@ -204,7 +209,7 @@ _BODY_MARKS: Final[dict[str, dict[str, bool]]] = {
 
 def continue_request(body: bytes, text: str, manner: str) -> bytes:
     """See ``Dialect.continue_request``."""
-    fields = _read_fields(body)
+    fields = read_fields(body)
     messages = _decode_raws(fields["messages"])
     turn: dict[str, Any] = {"role": "assistant", "content": text.rstrip()}
     if manner == "instructed":
@@ -241,11 +246,11 @@ _OUTPUT_FIELDS: Final = ("max_completion_tokens", "max_tokens")  # the first sta
 
 def patch_request(body: bytes, head: Head, upstream: Upstream, recall: Recall | None = None) -> bytes:
     """See ``Dialect.patch_request``."""
-    fields, fix = _read_fields(body), upstream.fix
+    fields, fix = read_fields(body), upstream.fix
     fields["model"] = msgspec.Raw(_encode(upstream.wire_model))
     _patch_stream(fields, head, fix)
     _patch_output(fields, upstream)
-    _patch_options(fields, head, fix)
+    patch_options(fields, head, fix)
     _patch_tools(fields, head, fix)
     chat_history.patch_messages(fields, head, upstream, recall)
     for name in fix.rejected_fields:
@@ -253,7 +258,7 @@ def patch_request(body: bytes, head: Head, upstream: Upstream, recall: Recall | 
     return _encode(fields)
 
 
-def _read_fields(body: bytes) -> Fields:
+def read_fields(body: bytes) -> Fields:
     try:
         return _decode_fields(body)
     except JSON_ERRORS:
@@ -286,7 +291,7 @@ def _patch_output(fields: Fields, upstream: Upstream) -> None:
     fields[upstream.fix.max_tokens_field or found[0]] = msgspec.Raw(b"%d" % tokens)
 
 
-def _patch_options(fields: Fields, head: Head, fix: Fix) -> None:
+def patch_options(fields: Fields, head: Head, fix: Fix) -> None:
     if not fix.temperature:
         fields.pop("temperature", None)
     if not fix.parallel_tool_calls and head.tools:
@@ -314,12 +319,16 @@ def _patch_tools(fields: Fields, head: Head, fix: Fix) -> None:
         tools = _decode_tools(fields["tools"])
     except JSON_ERRORS:
         return  # not as tools are: the upstream will say so better
-    seen: set[str | None] = set()
+    keep_first(fields, [tool.function.name if tool.function is not None else None for tool in tools])
+
+
+def keep_first(fields: Fields, names: list[str | None]) -> None:
+    """Drop the tools whose name an earlier one has. Those without a name stay."""
+    seen: set[str | None] = {None}
     kept = []
-    for tool, raw in zip(tools, _decode_list(fields["tools"]), strict=True):
-        name = tool.function.name if tool.function is not None else None
+    for name, tool in zip(names, _decode_list(fields["tools"]), strict=True):
         if name is None or name not in seen:
-            kept.append(raw)
+            kept.append(tool)
         seen.add(name)
-    if len(kept) < len(tools):
+    if len(kept) < len(names):
         fields["tools"] = msgspec.Raw(_encode(kept))

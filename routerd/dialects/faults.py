@@ -112,3 +112,35 @@ def told_status(failure: Failure) -> int:
     """The HTTP status a client is told, also inside a stream, where it only names the kind of error."""
     status = None if failure.side is Side.UPSTREAM else failure.status
     return status or _STATUSES.get(failure.outcome, 503)
+
+
+# status: (type, code). No text here may hold words that clients take for a full context window or a billing stop.
+_ERRORS: Final[dict[int, tuple[str, str]]] = {
+    400: ("invalid_request_error", "invalid_request"),
+    401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "forbidden"),
+    404: ("invalid_request_error", "model_not_found"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    500: ("server_error", "internal_error"),
+    502: ("server_error", "bad_gateway"),
+    503: ("server_error", "overloaded"),
+    504: ("server_error", "timeout"),
+}
+
+
+# Which field of the request an error is about, where clients look for that.
+_PARAMS: Final = {"previous_response_not_found": "previous_response_id"}
+
+
+def told_error(failure: Failure) -> dict[str, Any]:
+    """The failure as an error object of OpenAI's APIs."""
+    upstream = failure.side is Side.UPSTREAM
+    status = told_status(failure)
+    kind, code = _ERRORS.get(status) or _ERRORS[400 if status < 500 else 500]
+    return {
+        "message": failure.detail,
+        "type": kind,
+        "param": _PARAMS.get(failure.code),
+        "code": code if upstream else failure.code or code,
+    }

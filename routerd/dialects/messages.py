@@ -40,19 +40,16 @@ from routerd.canonical import (
     Frame,
     Head,
     ReasoningDelta,
-    Recall,
-    Request,
     Start,
     TextDelta,
     ToolDelta,
     ToolStart,
-    Upstream,
     UpstreamProtocolError,
     UpstreamTruncated,
     Usage,
     UsageReport,
 )
-from routerd.dialects import Stamp
+from routerd.dialects import Chaining, Stamp
 from routerd.dialects.chat_request import JSON_ERRORS
 from routerd.dialects.faults import find_fault, named_fault, read_json, told_status
 from routerd.dialects.messages_request import (
@@ -63,6 +60,7 @@ from routerd.dialects.messages_request import (
 )
 from routerd.dialects.messages_translate import decode_request, encode_request
 from routerd.dialects.sse import DONE, Block, Framer
+from routerd.dialects.tokens import cost_usd, count
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -145,23 +143,18 @@ def _ending(reason: str, *, calls: bool) -> Finish | Fault:
 # --- answers: usage ---------------------------------------------------------------------------------------------------
 
 
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
-
-
 def _read_usage(report: dict[str, Any]) -> Usage:
     """``input_tokens`` leaves out what came from the cache or went into it; ours does not (API reference, 2026)."""
-    cached = _count(report.get("cache_read_input_tokens"))
-    output = _count(report.get("output_tokens"))
+    cached = count(report.get("cache_read_input_tokens"))
+    output = count(report.get("output_tokens"))
     details = report.get("output_tokens_details")
-    thinking = _count(details.get("thinking_tokens")) if isinstance(details, dict) else 0
-    cost = report.get("cost")
+    thinking = count(details.get("thinking_tokens")) if isinstance(details, dict) else 0
     return Usage(
-        input_tokens=_count(report.get("input_tokens")) + cached + _count(report.get("cache_creation_input_tokens")),
+        input_tokens=count(report.get("input_tokens")) + cached + count(report.get("cache_creation_input_tokens")),
         cached_tokens=cached,
         output_tokens=output,
         reasoning_tokens=min(thinking, output),
-        cost_usd=float(cost) if isinstance(cost, int | float) and 0 <= cost < 1e9 else None,
+        cost_usd=cost_usd(report.get("cost")),
     )
 
 
@@ -240,7 +233,7 @@ class _Blocks:
             if arguments not in (b"", b"{}", b"null"):
                 block.spoken = True
                 events.append(ToolDelta(self._place(block), _arguments(piece.input)))
-        elif piece.data:
+        elif block.kind == "thinking" and piece.data:
             events.append(ReasoningDelta(self._place(block), "", sealed=piece.data))
         else:
             events += self.fill(index, piece)
@@ -736,33 +729,21 @@ class MessagesDialect:
     key_header = "x-api-key"
     continuations: frozenset[str] = frozenset({"trailing"})
     follows = True
+    chaining: Chaining | None = None
 
-    def read_head(self, body: bytes) -> Head:
-        return read_head(body)
-
-    def patch_request(self, body: bytes, head: Head, upstream: Upstream, recall: Recall | None = None) -> bytes:
-        return patch_request(body, head, upstream, recall)
-
-    def decode_request(self, body: bytes) -> Request:
-        return decode_request(body)
-
-    def encode_request(self, request: Request) -> bytes:
-        return encode_request(request)
-
-    def tool_schemas(self, body: bytes) -> dict[str, dict[str, Any]]:
-        return tool_schemas(body)
-
-    def continue_request(self, body: bytes, text: str, manner: str) -> bytes:
-        return continue_request(body, text, manner)
+    read_head = staticmethod(read_head)
+    patch_request = staticmethod(patch_request)
+    decode_request = staticmethod(decode_request)
+    encode_request = staticmethod(encode_request)
+    tool_schemas = staticmethod(tool_schemas)
+    continue_request = staticmethod(continue_request)
+    decode_body = staticmethod(_read_body)
 
     def decoder(self) -> MessagesDecoder:
         return MessagesDecoder()
 
     def encoder(self, stamp: Stamp) -> MessagesEncoder:
         return MessagesEncoder(stamp)
-
-    def decode_body(self, body: bytes) -> list[Event]:
-        return _read_body(body)
 
     def encode_body(self, events: Iterable[Event], stamp: Stamp) -> bytes:
         return _Answer(events).encode(stamp)

@@ -25,8 +25,17 @@ from typing import Any, Final
 
 import msgspec
 
-from routerd.canonical import BadRequest, Fix, Head, Recall, Remembered, Upstream
-from routerd.dialects.chat_request import BYTES_PER_TOKEN, IMAGE_TOKENS, JSON_ERRORS, ask_to_go_on, mended
+from routerd.canonical import BadRequest, Fix, Head, Reasoning, Recall, Remembered, Upstream, seal_key
+from routerd.dialects.chat_request import (
+    BYTES_PER_TOKEN,
+    IMAGE_TOKENS,
+    JSON_ERRORS,
+    NO_MODEL,
+    ask_to_go_on,
+    is_filled,
+    read_fields,
+    read_request,
+)
 
 OUTPUT_TOKENS: Final = 32_768  # of an answer where neither the client nor the catalog sets a limit
 BUDGET_MIN_TOKENS: Final = 1024  # for thinking; less is refused (API reference, 2026)
@@ -72,16 +81,16 @@ _SERVER_TOOL: Final = re.compile(rb'(?<!\\)"type"\s*:\s*"[a-z_]+_20\d{6}"')
 
 def read_head(body: bytes) -> Head:
     """See ``Dialect.read_head``. The estimate of prompt tokens takes the whole body for prompt: it nearly is."""
-    request = _read_request(body)
+    request = read_request(_decode_request, body, "messages")
     if not request.model:
-        raise BadRequest('"model" is missing: name a route or a model that GET /v1/models lists')
+        raise BadRequest(NO_MODEL)
     if not request.messages:
         raise BadRequest('"messages" is missing or empty: send at least one message')
     images, media, media_bytes, cited = _media(request.messages)
     return Head(
         model=request.model,
         stream=request.stream is True,
-        tools=_is_filled(request.tools),
+        tools=is_filled(request.tools),
         images=images > 0,
         include_usage=True,
         max_output_tokens=request.max_tokens,
@@ -94,29 +103,10 @@ def read_head(body: bytes) -> Head:
 
 def _is_streamable(request: _Request) -> bool:
     """What a server's own tools do has no place in the events of a stream; nor have citations."""
-    if _is_filled(request.mcp_servers):
+    if is_filled(request.mcp_servers):
         return False
     tools = bytes(request.tools)
     return b"_20" not in tools or _SERVER_TOOL.search(tools) is None
-
-
-def _read_request(body: bytes) -> _Request:
-    try:
-        return _decode_request(body)
-    except msgspec.ValidationError as error:
-        raise BadRequest(f"the request has the wrong shape: {error}") from None
-    except JSON_ERRORS:
-        pass
-    try:
-        return _decode_request(mended(body))
-    except msgspec.ValidationError as error:
-        raise BadRequest(f"the request has the wrong shape: {error}") from None
-    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
-        raise BadRequest('the body is not JSON: send one object with "model" and "messages"') from None
-
-
-def _is_filled(array: msgspec.Raw) -> bool:
-    return len(array) > 16 or bytes(array).strip(b"[] \t\r\n") not in (b"", b"null")
 
 
 def _conversation(request: _Request) -> int:
@@ -200,7 +190,7 @@ _decode_raws: Final = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 def continue_request(body: bytes, text: str, manner: str) -> bytes:
     """See ``Dialect.continue_request``. A trailing assistant turn must not end in white space, and nobody may think."""
-    fields = _read_fields(body)
+    fields = read_fields(body)
     messages = _decode_raws(fields["messages"])
     turns: list[dict[str, str]] = [{"role": "assistant", "content": text.rstrip()}]
     if manner == "instructed":
@@ -216,7 +206,7 @@ def continue_request(body: bytes, text: str, manner: str) -> bytes:
 
 def patch_request(body: bytes, head: Head, upstream: Upstream, recall: Recall | None = None) -> bytes:
     """See ``Dialect.patch_request``."""
-    fields, fix = _read_fields(body), upstream.fix
+    fields, fix = read_fields(body), upstream.fix
     fields["model"] = msgspec.Raw(_encode(upstream.wire_model))
     if (bytes(fields.get("stream", _FALSE)) == b"true") != head.stream:
         fields["stream"] = _TRUE if head.stream else _FALSE
@@ -232,13 +222,6 @@ def patch_request(body: bytes, head: Head, upstream: Upstream, recall: Recall | 
     for name in fix.rejected_fields:
         fields.pop(name, None)
     return _encode(fields)
-
-
-def _read_fields(body: bytes) -> _Fields:
-    try:
-        return _decode_fields(body)
-    except JSON_ERRORS:
-        return _decode_fields(mended(body))
 
 
 def _is_given(fields: _Fields, name: str) -> bool:
@@ -450,17 +433,14 @@ def _resealed(blocks: list[_Fields], upstream: Upstream, recall: Recall | None) 
     """
     thoughts = [block for block in blocks if bytes(block.get("type", _NULL)) in _THOUGHTS]
     rest = [block for block in blocks if bytes(block.get("type", _NULL)) not in _THOUGHTS]
-    came_with = _recalled(rest, recall)
+    came_with = _recalled(rest, recall) or _recalled_by_seal(thoughts, rest, recall)
     own = came_with is not None and came_with.author == upstream.author
     if upstream.fix.reasoning_content == "reject":
         thoughts = [block for block in thoughts if _is_sealed(block) and (came_with is None or own)]
     if not thoughts and came_with is not None and (own or upstream.fix.reasoning_content == "require"):
-        thoughts = [
-            _thinking(block.text, block.signature if own else "")
-            for block in came_with.thinking
-            if block.signature or upstream.fix.reasoning_content == "require"
-        ]
-        return thoughts + rest
+        remembered = [_thought(block, own=own) for block in came_with.thinking]
+        demanded = upstream.fix.reasoning_content == "require"
+        return [block for block in remembered if _is_sealed(block) or (demanded and "thinking" in block)] + rest
     return [block for block in blocks if block in thoughts or block in rest]
 
 
@@ -468,8 +448,13 @@ def _is_sealed(block: _Fields) -> bool:
     return "data" in block or bool(_string(block.get("signature", _NULL)))
 
 
-def _thinking(text: str, signature: str) -> _Fields:
-    block = {"type": "thinking", "thinking": text, "signature": signature}
+def _thought(remembered: Reasoning, *, own: bool) -> _Fields:
+    """The block as it came; without its seal for anybody but who sealed it, and then nothing of it may be left."""
+    if remembered.sealed:
+        block = {"type": "redacted_thinking", "data": remembered.sealed} if own else {}
+    else:
+        signature = remembered.signature if own else ""
+        block = {"type": "thinking", "thinking": remembered.text, "signature": signature}
     return {name: msgspec.Raw(_encode(value)) for name, value in block.items()}
 
 
@@ -477,6 +462,15 @@ def _recalled(blocks: list[_Fields], recall: Recall | None) -> Remembered | None
     """What is remembered of the turn, by its first call."""
     call = next((block for block in blocks if bytes(block.get("type", _NULL)) == _TOOL_USE), None)
     return recall(_string(call.get("id", _NULL))) if call is not None and recall is not None else None
+
+
+def _recalled_by_seal(thoughts: list[_Fields], rest: list[_Fields], recall: Recall | None) -> Remembered | None:
+    """What is remembered of a turn without calls."""
+    if recall is None or any(bytes(block.get("type", _NULL)) == _TOOL_USE for block in rest):
+        return None
+    seals = [_string(block.get("signature", _NULL)) or _string(block.get("data", _NULL)) for block in thoughts]
+    found = (recall(seal_key(seal)) for seal in seals if seal)
+    return next((remembered for remembered in found if remembered is not None), None)
 
 
 def _patch_id(block: _Fields, limit: int) -> bool:

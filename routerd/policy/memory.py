@@ -4,7 +4,8 @@ Theory of operation
 -------------------
 Some vendors refuse a history in which a turn that called tools lacks its thinking or its seal, and many clients send
 neither back, or not to every model. So both are remembered for every answer with tool calls, and put back when the
-history is fitted to an upstream that wants them. The unit is the answer; it is found by the id of any of its calls.
+history is fitted to an upstream that wants them. The unit is the answer; it is found by the id of any of its calls, or,
+where it has none, by the seals on its thinking: what has to be known of it then is only who made it.
 
 * An id is enough where nobody could have guessed it (``call_8c1f0e...``). Servers also count (``call_0``,
   ``functions.terminal:3``): such an id is only good together with the conversation it was made in, or one agent's

@@ -256,10 +256,9 @@ class Quota:
             meter.available(times[meter.clock])
             meter.settle(mark, need, meter.spent(take, actual))
 
-    def release(self, reservation: Reservation, now: float, wall: float, *, keep_request: bool = False) -> None:
-        """Give it all back: nothing was spent. ``keep_request``: this provider counts failed requests too."""
-        actual = Amount(requests=reservation.amount.requests if keep_request else 0.0)
-        self.settle(reservation, actual, now, wall)
+    def release(self, reservation: Reservation, now: float, wall: float) -> None:
+        """Give it all back: nothing was spent."""
+        self.settle(reservation, Amount(requests=0.0), now, wall)
 
     def headroom(self, model: str, now: float, wall: float) -> float:
         """The smallest remaining share among the limits that match, 0 to 1; 0 while blocked."""

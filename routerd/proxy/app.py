@@ -18,9 +18,11 @@ import msgspec
 import orjson
 from aiohttp import web
 
-from routerd.canonical import BadRequest, Failure, Outcome, Side
+from routerd.canonical import BadRequest, Failure, Head, Outcome, Side
 from routerd.config import Config
 from routerd.dialects import DIALECTS, Dialect
+from routerd.policy.answers import owner_of
+from routerd.proxy.chain import Chains, Link
 from routerd.proxy.downstream import ClientGone
 from routerd.proxy.exchange import Arrival, Exchange
 from routerd.proxy.guard import Guard
@@ -52,8 +54,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class App:
     """Everything a request can reach. ``pool`` is replaced as a whole when the config is reloaded."""
 
-    def __init__(self, config: Config, pool: Pool, telemetry: Telemetry) -> None:
+    def __init__(self, config: Config, pool: Pool, telemetry: Telemetry, chains: Chains) -> None:
         self._telemetry = telemetry
+        self._chains = chains
         self._ids = _id_source()
         self._open = 0
         self._began = time.monotonic()
@@ -122,7 +125,7 @@ class App:
             if failure is not None:
                 return self._refuse(dialect, failure, arrived)
             try:
-                head = dialect.read_head(await self._read(request))
+                _, head, _ = await self._read_whole(request, dialect)
             except BadRequest as error:
                 return self._refuse(dialect, error.failure, arrived)
             return web.Response(body=dialect.encode_count(head), content_type=JSON_TYPE)
@@ -170,15 +173,28 @@ class App:
 
     async def _accept(self, request: web.Request, dialect: Dialect, arrived: float) -> Arrival:
         """Steps one and two: what is asked, and of which route. Raises BadRequest."""
-        body = await self._read(request)
-        head = dialect.read_head(body)
+        body, head, link = await self._read_whole(request, dialect)
         if not self.config.providers:
             detail = "no provider is configured yet: add one to the configuration and reload"
             raise BadRequest(detail, status=503, code="no_provider")
         route = self.pool.route(head.model)
         if route is None:
             raise BadRequest(self._unknown_model(head.model), status=404, code="model_not_found")
-        return Arrival(request, dialect, body, head, route, next(self._ids), arrived)
+        return Arrival(request, dialect, body, head, route, next(self._ids), arrived, link)
+
+    async def _read_whole(self, request: web.Request, dialect: Dialect) -> tuple[bytes, Head, Link | None]:
+        """The request with all of its conversation, whether the client sent that or named it."""
+        body = await self._read(request)
+        head = dialect.read_head(body)
+        chaining = dialect.chaining
+        if chaining is None or not (head.previous or head.kept):
+            return body, head, None
+        owner, previous, whole = owner_of(self._guard.token_of(request)), head.previous, body
+        if previous:
+            limit = self.config.server.max_body_bytes
+            whole = await self._chains.whole(chaining, body, previous, owner, limit)
+            head = dialect.read_head(whole)
+        return whole, head, Link(self._chains, chaining, owner, previous, body, whole) if head.kept else None
 
     async def _read(self, request: web.Request) -> bytes:
         try:

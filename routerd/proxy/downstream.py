@@ -23,6 +23,7 @@ from aiohttp import web
 from routerd.canonical import End, Event, Failure, Frame, Outcome, Side, Start
 from routerd.dialects import Dialect, Encoder, Stamp
 from routerd.policy.transcript import Transcript
+from routerd.proxy.chain import Link
 
 STREAM_TYPE = "text/event-stream"
 SERVER = "routerd"  # without this aiohttp names itself and its version
@@ -94,6 +95,7 @@ class Downstream:
         "_keepalive",
         "_keepalive_s",
         "_last_write",
+        "_link",
         "_raw",
         "_request",
         "_response",
@@ -113,12 +115,15 @@ class Downstream:
         *,
         keepalive_s: float,
         clock: Callable[[], float],
+        link: Link | None = None,
     ) -> None:
+        """``link`` reads along if the answer is to be kept."""
         self._request = request
         self._dialect = dialect
         self._stamp = stamp
         self._keepalive_s = keepalive_s
         self._clock = clock
+        self._link = link
         self._response: web.StreamResponse | None = None
         self._encoder: Encoder | None = None
         self._raw = True  # frames go on as they came; after a change of upstream in mid-answer they are encoded anew
@@ -196,9 +201,12 @@ class Downstream:
 
     async def send_end_marker(self) -> None:
         """The terminal marker, where a whole answer came without one."""
+        self.stop_keepalive()  # nothing may come behind it
         await self._write(self._require_encoder().encode(End()))
 
     async def _write(self, data: bytes) -> None:
+        if self._link is not None:
+            self._link.stream(data)
         response = self._response or await self._open()
         self.blocked = True
         try:
@@ -253,6 +261,8 @@ class Downstream:
 
     async def _write_keepalive(self) -> None:
         """Does not touch ``blocked``: a client that is slow to take this is not why an upstream is late."""
+        if self.transcript.ended:  # the end came between the timer and this
+            return
         self._last_write = self._clock()
         try:
             async with asyncio.timeout(KEEPALIVE_WRITE_S):
@@ -275,6 +285,8 @@ class Downstream:
         """A whole JSON answer."""
         self.stop_keepalive()
         self.status = status
+        if self._link is not None and status == 200:
+            self._link.answer(body)
         response = web.Response(body=body, status=status, content_type="application/json", headers=self._headers)
         self._response = response
         limit = self._last_limit()

@@ -27,10 +27,11 @@ from routerd.policy.splice import Splice, seems_whole
 from routerd.policy.transcript import CUT_CALL, EMPTY_ANSWER, SCHEMA_CODES, Gate
 from routerd.proxy.attempt import TIMEOUT_CODES, Attempt
 from routerd.proxy.chain import Link
+from routerd.proxy.deadline import answer_within_s
 from routerd.proxy.downstream import GONE, ClientGone, Collector, Downstream, Sink
 from routerd.proxy.live import LiveRoute, LiveUpstream
 from routerd.proxy.planner import Plan
-from routerd.proxy.pool import Pool, Ticket
+from routerd.proxy.pool import CHARACTERS_PER_TOKEN, Pool, Ticket
 from routerd.proxy.race import OUTRUN_FIRST, OUTRUN_HEDGE, Ended, Race
 from routerd.telemetry import ExchangeRecord, Telemetry
 
@@ -38,7 +39,15 @@ REFUSALS_MAX = 256  # per exchange: so many refusals, each cheap and quick, do n
 ROUND_PAUSE_S = (0.5, 2.0, 5.0, 15.0)  # before everybody is tried again; the last value repeats
 PANIC_AFTER_S = 15.0  # with nobody else to ask, one whose breaker stays open for longer is tried again all the same
 TIMER_SLACK_S = 0.002  # the loop's timers count whole milliseconds, and may be early by one
+GOING_ON_TOKENS = 100  # of the words in which an answer that broke off is asked for, at the most
 NOBODY: frozenset[LiveUpstream] = frozenset()
+TOO_LATE = Failure(
+    Outcome.UNAVAILABLE,
+    Side.ROUTER,
+    "no provider could answer within the time that the client waits",
+    status=503,
+    code="too_late",
+)
 _VAGUE = frozenset({Code.BAD_REQUEST, Code.REJECTED})  # may have been an accident
 _MISFITS = frozenset({Code.UNSUPPORTED_FEATURE, Code.MODERATION})  # no later try and no other wording of ours helps
 
@@ -67,6 +76,8 @@ class Exchange:
         self._clock = time.monotonic
         self._attempts_left = route.max_attempts
         self._waits_left_s = route.max_wait_s
+        within_s = answer_within_s(arrival.request.headers, head, route)
+        self._deadline = None if within_s is None else arrival.at + within_s
         self._rounds = 0
         self._round_over_at: float | None = None  # since when nobody is left to try in this round
         self._tried: set[LiveUpstream] = set()  # in this round
@@ -79,6 +90,7 @@ class Exchange:
         self._refusals = 0
         self._dispatched = 0
         self._waited = False  # and no attempt since
+        self._turn_at = math.inf  # when the quota that was waited for first should have been free
         self._in_call = False  # what the client has broke off inside a tool call
         self._diverged = False  # a re-run could not be joined to what the client has
         self._nothing_after = -1  # so many characters of text somebody who was to go on had nothing to add
@@ -89,7 +101,7 @@ class Exchange:
         # A request that does not stream is streamed upstream all the same, so that the same watchdogs guard it.
         self._collector = None if head.stream or not head.streamable else Collector()
         self._asked = msgspec.structs.replace(head, stream=True) if self._collector is not None else head
-        stamp = Stamp(arrival.id, head.model, int(time.time()), head.include_usage)
+        stamp = Stamp(arrival.id, head.model, int(time.time()), head.include_usage, arrival.body)
         self.downstream = Downstream(
             arrival.request,
             arrival.dialect,
@@ -109,7 +121,7 @@ class Exchange:
         if self._arrival.head.stream:
             self.downstream.start_keepalive()
         try:
-            await self._serve()
+            await (self._serve() if self._deadline is None else self._serve_in_time())
         except ClientGone:
             self.record.outcome = Outcome.CANCELLED
         finally:
@@ -117,12 +129,28 @@ class Exchange:
             opened.dec()
             self._close_record()
 
+    async def _serve_in_time(self) -> None:
+        """Serve it, or say that nobody could before the client gives up."""
+        try:
+            async with asyncio.timeout(self._time_left_s()):
+                await self._serve()
+        except TimeoutError:
+            if self.downstream.status:  # it has its answer, or an error, and does not read it
+                self.downstream.drop()
+                raise ClientGone from None
+            await self._fail(TOO_LATE)
+
+    def _time_left_s(self) -> float:
+        return math.inf if self._deadline is None else self._deadline - self._clock()
+
     async def _serve(self) -> None:
         over = False
         while not over:
             plan = self._plan()
             if plan.chosen is None:
                 over = await self._wait(plan)
+            elif await self._stood_back(plan.chosen):
+                continue
             elif not (plan.forced and self._has_failed(plan.chosen) and self._reconsider()):
                 over = await self._try(plan, plan.chosen)
 
@@ -164,8 +192,8 @@ class Exchange:
         self, plan: Plan, live: LiveUpstream, race: Race | None = None, *, hedge: bool = False
     ) -> Ended | None:
         """One attempt from its reservation to its settling; None if it could not begin."""
-        now, wall = self._clock(), time.time()
-        ticket = await self._pool.begin(plan, self._arrival.route, self._asked, now, wall, self.record, hedge=hedge)
+        now, wall, asked = self._clock(), time.time(), self._asked_now()
+        ticket = await self._pool.begin(plan, self._arrival.route, asked, now, wall, self.record, hedge=hedge)
         if ticket is None:
             return None
         self._prepare(ticket)
@@ -178,10 +206,18 @@ class Exchange:
         finally:
             if race is not None and race.lost:
                 failure = OUTRUN_HEDGE if hedge else OUTRUN_FIRST
-            self._settle(ticket, attempt, failure)
+                self._tried.add(live)
+            self._settle(ticket, attempt, failure, asked)
             if failure is not None:
                 await attempt.close(whole=False)
         return attempt, failure
+
+    def _asked_now(self) -> Head:
+        """What is asked of this upstream: to go on with an answer means to read what there is of it as well."""
+        if not isinstance(self._step, Continue):
+            return self._asked
+        more = GOING_ON_TOKENS + self.downstream.transcript.characters // CHARACTERS_PER_TOKEN
+        return msgspec.structs.replace(self._asked, prompt_tokens=self._asked.prompt_tokens + more)
 
     def _prepare(self, ticket: Ticket) -> None:
         live = ticket.live
@@ -190,6 +226,16 @@ class Exchange:
         if self._has_failed(live, TIMEOUT_CODES) and live not in self._patient:
             self._patient.add(live)  # a limit learned from better days may be what cut it off: once it gets all of it
             ticket.limits = live.account.limits
+        elif self._deadline is not None and self._has_another(live):
+            ticket.limits = ticket.limits.within(self._time_left_s() / 2)
+
+    def _has_another(self, live: LiveUpstream) -> bool:
+        """True if there is somebody of another provider to turn to, should this one not answer in time."""
+        now, done = self._clock(), self._tried | self._unfit
+        return any(
+            other.upstream.provider != live.upstream.provider and other not in done and other.allows(now)
+            for other in self._arrival.route.lives_for(self._arrival.head)
+        )
 
     def _note_dispatch(self, live: LiveUpstream, *, hedge: bool) -> None:
         upstream = live.upstream
@@ -243,12 +289,10 @@ class Exchange:
 
     def _no_hedges(self, first: LiveUpstream) -> set[LiveUpstream]:
         """Who cannot help against this one's silence, or costs money that may not be spent on it."""
-        tiers = self._arrival.route.tiers_for(self._arrival.head)
-        lives = (live for tier in tiers for group in tier for live in group)
         free = self._arrival.route.hedge == "free"
         return {
             live
-            for live in lives
+            for live in self._arrival.route.lives_for(self._arrival.head)
             if live.upstream.provider == first.upstream.provider or (free and not live.upstream.price.free)
         }
 
@@ -341,10 +385,10 @@ class Exchange:
             self.record.dropped.append(feature)
         return True
 
-    def _settle(self, ticket: Ticket, attempt: Attempt, failure: Failure | None) -> None:
+    def _settle(self, ticket: Ticket, attempt: Attempt, failure: Failure | None, asked: Head) -> None:
         ticket.longest_gap_s = attempt.longest_gap_s
         record = self._pool.settle(
-            ticket, failure, attempt.gate, self._asked, chunks=attempt.chunks, now=self._clock(), wall=time.time()
+            ticket, failure, attempt.gate, asked, chunks=attempt.chunks, now=self._clock(), wall=time.time()
         )
         self.record.attempts.append(record)
         self.record.repairs += attempt.gate.repairs if failure is None else 0
@@ -427,7 +471,7 @@ class Exchange:
         if self._collector is None:
             return self._translated(attempt)
         start = attempt.gate.start or Start(self._arrival.id, attempt.ticket.live.upstream.model)
-        stamp = Stamp(start.id, start.model, int(time.time()), include_usage=True)
+        stamp = Stamp(start.id, start.model, int(time.time()), include_usage=True, asked=self._arrival.body)
         return self._arrival.dialect.encode_body(self._collector.events, stamp)
 
     def _translated(self, attempt: Attempt) -> bytes:
@@ -435,7 +479,8 @@ class Exchange:
         dialect, wanted = attempt.ticket.face.dialect, self._arrival.dialect
         if dialect is wanted:
             return attempt.answer
-        stamp = Stamp(self._arrival.id, attempt.ticket.live.upstream.model, int(time.time()), include_usage=True)
+        model, asked = attempt.ticket.live.upstream.model, self._arrival.body
+        stamp = Stamp(self._arrival.id, model, int(time.time()), include_usage=True, asked=asked)
         return wanted.encode_body(dialect.decode_body(attempt.answer), stamp)
 
     # --- waiting ----------------------------------------------------------------------------------------------------
@@ -444,24 +489,49 @@ class Exchange:
         """Hold the request until somebody can serve it; True when that is hopeless and the client has been told."""
         began = self._clock()
         wait_s = self._pause_s(plan, began) if plan.all_tried else plan.wait_s
-        if wait_s > self._waits_left_s or self._attempts_left <= 0:
+        if wait_s > min(self._waits_left_s, self._time_left_s()) or self._attempts_left <= 0:
             if not math.isinf(wait_s) and self._reconsider():
                 return False
             if self._waited:
                 self._telemetry.recoveries.labels("wait", "failure").inc()
             await self._fail(self._nobody(plan, wait_s))
             return True
-        await self._pool.wait(self._arrival.route, self._arrival.at, wait_s + TIMER_SLACK_S, plan.reason)
-        waited_s = self._clock() - began
-        if waited_s >= wait_s:  # not woken before its time: that is pause enough, and nobody is left out after it
+        if await self._hold(wait_s, plan.reason) >= wait_s:
+            # Not woken before its time: that is pause enough, and nobody is left out after it.
             self._rounds += plan.all_tried
             self._round_over_at = None
             self._tried.clear()
         self._waited = True
+        return False
+
+    async def _hold(self, wait_s: float, reason: str) -> float:
+        """Stand in line. Returns for how long it was."""
+        began, arrival = self._clock(), self._arrival
+        if reason == "quota":
+            self._turn_at = min(self._turn_at, began + wait_s)
+        overtaken = began > self._turn_at  # its time had come, and somebody else had taken what it waited for
+        claim = arrival.head if overtaken and reason == "quota" else None
+        await self._pool.wait(arrival.route, arrival.at, wait_s + TIMER_SLACK_S, reason, claim)
+        waited_s = self._clock() - began
         self._waits_left_s -= waited_s
         self.record.waited_s += waited_s
-        self._telemetry.wait.labels(plan.reason).observe(waited_s)
-        return False
+        self._telemetry.wait.labels(reason).observe(waited_s)
+        return waited_s
+
+    async def _stood_back(self, live: LiveUpstream) -> bool:
+        """True after leaving an upstream to one that came before, has waited for it and was overtaken."""
+        route = self._arrival.route
+        claim = route.line.claim(self._arrival.at) if route.line else None
+        if claim is None:
+            return False
+        obstacle = self._pool.planner.obstacle(route, live, claim, now=self._clock(), wall=time.time())
+        wait_s = 0.0 if obstacle is None else obstacle.wait_s if obstacle.reason == "quota" else math.inf
+        if wait_s > min(self._waits_left_s, self._time_left_s()):
+            return False
+        if obstacle is None:
+            route.line.wake()
+        await self._hold(wait_s, "quota")
+        return True
 
     def _reconsider(self) -> bool:
         """Nobody is left who is likely to serve this in time. So whoever refused without a reason, or is shut out by no

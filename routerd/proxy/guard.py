@@ -54,9 +54,12 @@ class Guard:
             return None
         return None if self._token_fits(headers) else _NO_TOKEN
 
+    def token_of(self, request: web.Request) -> str:
+        """Whose request this is, where that is asked for; else ``""``. Only for one that has passed the check."""
+        return _given(request.headers) if self._tokens else ""
+
     def _token_fits(self, headers: Mapping[str, str]) -> bool:
-        given = headers.get("Authorization", "")
-        text = given[7:].strip() if given[:7].lower() == "bearer " else headers.get("x-api-key", "")
+        text = _given(headers)
         fits = [token.matches(text) for token in self._tokens]  # all of them, whichever fits: no early way out
         return any(fits)
 
@@ -67,6 +70,11 @@ class Guard:
             if len(self._known) < KNOWN_HOSTS_MAX:
                 self._known[host] = known
         return known
+
+
+def _given(headers: Mapping[str, str]) -> str:
+    given = headers.get("Authorization", "")
+    return given[7:].strip() if given[:7].lower() == "bearer " else headers.get("x-api-key", "")
 
 
 def _name_of(host: str) -> str:

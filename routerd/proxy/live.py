@@ -35,6 +35,10 @@ class Limits(msgspec.Struct, frozen=True):
     stall_s: float
     answer_s: float  # for an answer that comes whole
 
+    def within(self, seconds: float) -> Limits:
+        """The same, with content, or a whole answer, in so many seconds at the latest."""
+        return Limits(min(self.first_token_s, seconds), self.stall_s, min(self.answer_s, seconds))
+
 
 class Account:
     """One key of one provider."""
@@ -196,3 +200,7 @@ class LiveRoute:
         if self.auxiliary and not head.tools and not head.stream:
             return self.auxiliary + self.tiers
         return self.tiers
+
+    def lives_for(self, head: Head) -> Iterator[LiveUpstream]:
+        """Every upstream of those tiers."""
+        return (live for tier in self.tiers_for(head) for group in tier for live in group)

@@ -15,7 +15,21 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from routerd.canonical import Failure, Fault, Head, Limit, LimitReport, Outcome, Secret, Side, Upstream, Usage
+from routerd.canonical import (
+    Failure,
+    Fault,
+    Head,
+    Limit,
+    LimitReport,
+    Outcome,
+    Reasoning,
+    Remembered,
+    Secret,
+    Side,
+    Upstream,
+    Usage,
+    seal_key,
+)
 from routerd.config import Config, ProviderConfig, RouteConfig
 from routerd.dialects import DIALECTS, Dialect
 from routerd.policy.balance import Affinity, LatencySnapshot
@@ -62,6 +76,7 @@ class Ticket(msgspec.Struct):
     began_at: float
     first_token_at: float | None = None
     sent: bool = False  # the upstream may have taken the request, whether it answered or not
+    resends: int = 0  # and so often before, over connections that then turned out to be dead
     connected: bool = False  # the upstream answered at all
     continuation: bool = False  # a broken-off answer is taken up in the vendor's own way
     longest_gap_s: float = 0.0  # between two pieces of content
@@ -71,6 +86,9 @@ class Ticket(msgspec.Struct):
     headers: Mapping[str, str] = {}  # of the client's that are passed on
     reports: tuple[LimitReport, ...] = ()
     record: AttemptRecord | None = None  # once it is settled
+
+    def note_resend(self) -> None:
+        self.resends += 1
 
     @property
     def face(self) -> Face:
@@ -179,11 +197,13 @@ class Pool:
             groups.setdefault((upstream.provider, upstream.wire_model), []).append(self._live[upstream])
         return tuple(tuple(group) for group in groups.values())
 
-    async def wait(self, route: LiveRoute, rank: float, wait_s: float, reason: str) -> None:
+    async def wait(
+        self, route: LiveRoute, rank: float, wait_s: float, reason: str, claim: Head | None = None
+    ) -> None:
         """Hold a request until it is worth planning again."""
         self._waiting[route.name] = route
         try:
-            await route.line.wait(rank, wait_s, reason)
+            await route.line.wait(rank, wait_s, reason, claim)
         finally:
             if not route.line:
                 self._waiting.pop(route.name, None)
@@ -268,7 +288,7 @@ class Pool:
         live = ticket.live
         ticket.sent = True
         try:
-            reply = await live.client.post(ticket.target, body)
+            reply = await live.client.post(ticket.target, body, ticket.note_resend)
         except ConnectFailed:
             ticket.sent = False
             raise
@@ -306,12 +326,20 @@ class Pool:
         )
 
     def remember(self, ticket: Ticket, gate: Gate) -> None:
-        """Keep what came with an answer's tool calls, for the history in which a client may leave it out."""
-        if gate.calls:
-            wall = time.time()
-            came_with = gate.remembered(ticket.live.upstream.author)
-            call_ids = [call.id for call in gate.calls]
-            self._save_memory(self.memory.remember(ticket.conversation, call_ids, came_with, wall), wall)
+        """Keep what came with an answer's tool calls, for the history in which a client may leave it out.
+
+        Of an answer without calls, no more than who sealed its thinking.
+        """
+        if not gate.calls and not gate.sealed:
+            return
+        wall = time.time()
+        came_with = gate.remembered(ticket.live.upstream.author)
+        keys = [call.id for call in gate.calls]
+        if not keys:
+            seals = tuple(Reasoning("", block.signature, block.sealed) for block in came_with.thinking if block.seal)
+            came_with = Remembered(came_with.author, seals)
+            keys = [seal_key(block.seal) for block in seals]
+        self._save_memory(self.memory.remember(ticket.conversation, keys, came_with, wall), wall)
 
     def _save_memory(self, rows: Sequence[tuple[str, bytes]], wall: float) -> None:
         if rows:
@@ -376,12 +404,13 @@ class Pool:
         wall: float,
     ) -> None:
         quota, model = ticket.live.account.quota, ticket.live.upstream.wire_model
-        if lesson.quota == "settle" and usage is not None:
-            quota.settle(ticket.reservation, Amount(1, usage.input_tokens + usage.output_tokens, cost_usd), now, wall)
+        if lesson.quota in ("settle", "release") and usage is not None:
+            tokens = usage.input_tokens + usage.output_tokens
+            quota.settle(ticket.reservation, Amount(1 + ticket.resends, tokens, cost_usd), now, wall)
         else:
             # A request that was taken and then failed may have been counted over there; one never taken was not.
             counted = ticket.sent and failure is not None and failure.outcome is Outcome.UNAVAILABLE
-            quota.release(ticket.reservation, now, wall, keep_request=counted)
+            quota.settle(ticket.reservation, Amount(counted + ticket.resends, 0.0, 0.0), now, wall)
         ticket.route.budget.settle(ticket.budget, Amount(0, 0, cost_usd), now, wall)
         if ticket.hedge is not None:
             ticket.route.hedge_budget.settle(ticket.hedge, Amount(0, 0, cost_usd), now, wall)
@@ -684,11 +713,15 @@ def _heir(former: Quota, former_limits: Sequence[Limit], limits: Sequence[Limit]
 
 
 def _usage(ticket: Ticket, gate: Gate, head: Head, failure: Failure | None) -> Usage | None:
-    """What the upstream says it used; an estimate where it began an answer and never said, or was never let finish."""
+    """What the upstream says it used; an estimate where it began an answer and never said, or was never let finish.
+
+    An answer that opened has had its prompt read, and that is billed, whether or not anything came of it.
+    """
     if gate.usage is not None:
         return gate.usage
     cut_off = ticket.sent and failure is not None and failure.outcome is Outcome.CANCELLED
-    if gate.started or failure is None or cut_off:
+    opened = gate.start is not None and failure is not None and failure.outcome is not Outcome.IN_BAND_ERROR
+    if gate.started or failure is None or cut_off or opened:
         return Usage(input_tokens=head.prompt_tokens, output_tokens=gate.characters // CHARACTERS_PER_TOKEN)
     return None
 

@@ -4,6 +4,10 @@ Everybody is woken when the own time has come, in the order of arrival where sev
 different things (an image for the one upstream that sees, a text for another), so nobody is held by what those before
 him need. When something is given back before its time, only the head is woken, so that a crowd does not run for one
 place. Whoever cannot go then waits again in the old place. There is no polling.
+
+Nobody is held by one in front who needs more. But where small requests keep taking what a large one waits for, it would
+wait for ever: so whoever finds nothing left when the own time has come stakes a *claim*, and then those who came later
+stand back from what it waits for.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import time
 from operator import attrgetter
 
 import msgspec
+
+from routerd.canonical import Head
 
 SAME_TIME_S = 0.02  # whose times are this close wait for the same thing, and go in the order of arrival
 
@@ -28,9 +34,12 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 class _Waiter:
-    __slots__ = ("due", "rank", "reason", "woken")
+    __slots__ = ("claim", "due", "rank", "reason", "woken")
 
-    def __init__(self, rank: float, due: float, reason: str, woken: asyncio.Future[None]) -> None:
+    def __init__(
+        self, rank: float, due: float, reason: str, woken: asyncio.Future[None], claim: Head | None = None
+    ) -> None:
+        self.claim = claim
         self.rank = rank
         self.due = due
         self.reason = reason
@@ -64,10 +73,18 @@ class WaitingLine:
         left_s = head.due - time.monotonic()
         return Waiting(len(self._waiters), head.reason, max(0.0, left_s), head.rank)
 
-    async def wait(self, rank: float, wait_s: float, reason: str = "") -> None:
-        """Return when it is worth trying again: at the latest when ``wait_s`` is over."""
+    def claim(self, rank: float) -> Head | None:
+        """What the first of those waits for who came before ``rank`` and were overtaken; None: there is none."""
+        claims = [waiter for waiter in self._waiters if waiter.claim is not None and waiter.rank < rank]
+        return min(claims, key=attrgetter("rank")).claim if claims else None
+
+    async def wait(self, rank: float, wait_s: float, reason: str = "", claim: Head | None = None) -> None:
+        """Return when it is worth trying again: at the latest when ``wait_s`` is over.
+
+        ``claim``: the request of one that was overtaken.
+        """
         woken = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(rank, time.monotonic() + wait_s, reason, woken)
+        waiter = _Waiter(rank, time.monotonic() + wait_s, reason, woken, claim)
         heapq.heappush(self._waiters, waiter)
         self._arm()
         try:

@@ -32,6 +32,11 @@ class MemoryStore:
         self._check_open()
         return dict(self._rows.get(kind, {}))
 
+    async def read(self, kind: str, keys: Sequence[str]) -> dict[str, bytes]:
+        self._check_open()
+        rows = self._rows.get(kind, {})
+        return {key: rows[key] for key in keys if key in rows}
+
     async def write(self, rows: Sequence[Row]) -> None:
         self.enqueue(rows)
 

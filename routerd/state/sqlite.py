@@ -71,6 +71,7 @@ MIGRATIONS: tuple[str, ...] = (
 )
 UPSERT = "INSERT INTO rows VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET value = excluded.value, wall = excluded.wall"
 SELECT = "SELECT key, value FROM rows WHERE kind = ?"
+SELECT_ONE = "SELECT key, value FROM rows WHERE kind = ? AND key = ?"
 FORGET = "DELETE FROM rows WHERE kind = ? AND key = ?"
 PRUNE = "DELETE FROM rows WHERE (kind, key) IN (SELECT kind, key FROM rows WHERE wall < ? ORDER BY wall LIMIT ?)"
 
@@ -153,6 +154,13 @@ class SqliteStore:
 
     async def load(self, kind: str) -> dict[str, bytes]:
         return dict(await self._ask(lambda database: database.execute(SELECT, (kind,)).fetchall()))
+
+    async def read(self, kind: str, keys: Sequence[str]) -> dict[str, bytes]:
+        return dict(
+            await self._ask(
+                lambda database: [row for key in keys for row in database.execute(SELECT_ONE, (kind, key))],
+            )
+        )
 
     async def totals(self, since: float, by: Sequence[Column]) -> list[Total]:
         return list(await self._ask(lambda database: ledger.totals(database, since, by)))

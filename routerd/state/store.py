@@ -38,6 +38,10 @@ class Store(Protocol):
         """All rows of a kind by key, everything written or enqueued before included."""
         ...
 
+    async def read(self, kind: str, keys: Sequence[str]) -> dict[str, bytes]:
+        """The rows of a kind with these keys, as far as there are such; as for ``load``, nothing written is missed."""
+        ...
+
     async def write(self, rows: Sequence[Row]) -> None:
         """Durable against ``kill -9`` when it returns. StateError if that could not be reached."""
         ...

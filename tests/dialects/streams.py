@@ -27,7 +27,7 @@ from routerd.canonical import (
 from routerd.dialects import Dialect, Stamp
 
 RECORDINGS = Path(__file__).parent.parent / "recordings"
-STAMP = Stamp("answer-1", "auto", 1_763_680_000, include_usage=True)
+STAMP = Stamp("resp_answer-1", "auto", 1_763_680_000, include_usage=True)
 
 
 def recordings(dialect: Dialect) -> list[Path]:

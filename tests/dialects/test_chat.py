@@ -631,7 +631,7 @@ def test_body_for_clients() -> None:
     completion = ChatCompletion.model_validate_json(DIALECT.encode_body(ANSWER, STAMP))
     (choice,) = completion.choices
 
-    assert (completion.id, completion.model, completion.created) == ("answer-1", "auto", 1_763_680_000)
+    assert (completion.id, completion.model, completion.created) == (STAMP.id, "auto", 1_763_680_000)
     assert choice.message.content == "It is done. ✓"
     assert (choice.message.model_extra or {})["reasoning_content"] == "Hm. So."
     assert choice.finish_reason == "tool_calls"

@@ -17,6 +17,7 @@ from routerd.canonical import (
     Failure,
     Fault,
     Finish,
+    Head,
     Outcome,
     Side,
     Start,
@@ -246,8 +247,8 @@ def test_second_start(dialect: Dialect) -> None:
 @every_dialect
 def test_usage_only_if_asked_for(dialect: Dialect) -> None:
     """A stream that may not carry usage still ends properly."""
-    events: list[Event] = [Start("a", "m"), TextDelta(0, "hi"), Finish("stop"), End()]
-    stamp = Stamp("a", "m", 1, include_usage=False)
+    events: list[Event] = [Start("resp_a", "m"), TextDelta(0, "hi"), Finish("stop"), End()]
+    stamp = Stamp("resp_a", "m", 1, include_usage=False)
 
     assert events == events_of(decode(dialect, encode(dialect, events, stamp)))
 
@@ -301,6 +302,14 @@ def test_garbage_body(dialect: Dialect, body: bytes) -> None:
     except UpstreamProtocolError:
         return
     assert [Fault] == [type(event) for event in events]
+
+
+@every_dialect
+def test_count(dialect: Dialect) -> None:
+    """The number of tokens is said in JSON."""
+    told = json.loads(dialect.encode_count(Head("m", False, False, False, False, None, 17, 0)))
+
+    assert 17 in told.values()
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

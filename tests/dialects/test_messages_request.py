@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from routerd.canonical import BadRequest, Document, Fix, Image, Price, Reasoning, Remembered, Text, Upstream
+from routerd.canonical import BadRequest, Document, Fix, Image, Price, Reasoning, Remembered, Text, Upstream, seal_key
 from routerd.dialects.messages import DIALECT
 
 UPSTREAM = Upstream("vendor", 0, "model", "wire-model", "messages", 100_000, 8192, Price())
@@ -139,6 +139,41 @@ def test_seals(thought: Any, author: str | None, kinds: list[str]) -> None:
 
     assert _kinds(sent) == kinds
     assert all(block.get("signature", "seal") == "seal" for block in sent["messages"][1]["content"])
+
+
+@pytest.mark.parametrize(
+    ("author", "kinds"),
+    [
+        ("vendor/wire-model", ["thinking", "redacted_thinking", "tool_use"]),
+        ("other/wire-model", ["tool_use"]),
+    ],
+)
+def test_thinking_that_only_its_author_can_read_is_put_back(author: str, kinds: list[str]) -> None:
+    """In its place among the rest of the thinking, for its author alone."""
+    remembered = Remembered(author, (Reasoning("Hm.", "seal"), Reasoning("", sealed="gAAA")))
+    sent = patched(request(*_assistant(CALL)), STRICT, lambda _: remembered)
+
+    assert _kinds(sent) == kinds
+    redacted = [block for block in sent["messages"][1]["content"] if block["type"] == "redacted_thinking"]
+    assert all(block == {"type": "redacted_thinking", "data": "gAAA"} for block in redacted)
+
+
+def test_sealed_thinking_of_others_is_no_thinking_that_is_demanded() -> None:
+    """Who demands any gets what has words."""
+    remembered = Remembered("other/model", (Reasoning("", sealed="gAAA"), Reasoning("Hm.", "seal")))
+    sent = patched(request(*_assistant(CALL)), Fix(reasoning_content="require"), lambda _: remembered)
+
+    assert _kinds(sent) == ["thinking", "tool_use"]
+
+
+@pytest.mark.parametrize("thought", [THOUGHT, {"type": "redacted_thinking", "data": "seal"}])
+@pytest.mark.parametrize(("author", "kept"), [("vendor/wire-model", True), ("other/model", False)])
+def test_seals_of_a_turn_without_calls(thought: Any, author: str, *, kept: bool) -> None:
+    """Whose it was is known by the seal itself."""
+    known = {seal_key("seal"): Remembered(author, (Reasoning("", "seal"),))}
+    body = request(USER, {"role": "assistant", "content": [thought, {"type": "text", "text": "Yes?"}]}, USER)
+
+    assert (thought["type"] in _kinds(patched(body, STRICT, known.get))) is kept
 
 
 def test_thinking_that_is_demanded_is_put_back() -> None:

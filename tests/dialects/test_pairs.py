@@ -71,6 +71,7 @@ REQUEST = Request(
     temperature=0.5,
     stop=("END",),
 )
+NO_STOPS = {"responses"}  # stop sequences have no place in its requests
 UPSTREAM = Upstream("vendor", 0, "model", "wire-model", "", 100_000, 500, Price())
 
 
@@ -154,7 +155,8 @@ def test_request(one: Dialect, other: Dialect) -> None:
     """A conversation with pictures, thinking, parallel calls and their results is the same one afterwards."""
     crossed = other.decode_request(other.encode_request(one.decode_request(one.encode_request(REQUEST))))
 
-    assert crossed == REQUEST
+    stop = () if {one.name, other.name} & NO_STOPS else REQUEST.stop
+    assert crossed == msgspec.structs.replace(REQUEST, stop=stop)
 
 
 @every_pair

@@ -150,7 +150,7 @@ class TestSettling:
         """Then the request stays spent, its tokens do not."""
         quota = Quota([Limit(20, "requests", "day", "UTC"), Limit(900, "tokens", "minute")])
 
-        quota.release(reserved(quota, Amount(1, 500)), NOW, WALL, keep_request=True)
+        quota.settle(reserved(quota, Amount(1, 500)), Amount(requests=1), NOW, WALL)
 
         assert remaining(quota) == {"requests/day": 19, "tokens/minute": 900}
 

@@ -258,6 +258,26 @@ class TestLaws:
         assert sent.endswith(text[:length])
 
 
+class TestSettle:
+    @pytest.mark.parametrize("manner", ["prefill", "instructed"])
+    @pytest.mark.parametrize(("sent", "text", "rest"), [("It needs a. And the", ".", "."), ("One.\n", "\n", "")])
+    def test_a_call_ends_what_is_held_of_the_text(self, manner: Manner, sent: str, text: str, rest: str) -> None:
+        """The call itself may be held elsewhere, and be lost there: the text in front of it is not lost with it."""
+        splice = Splice(manner, sent)
+        first = said(splice.feed(texts(text)))
+
+        assert first + said(splice.settle()) == rest
+        assert [*splice.settle(), *splice.feed(CALL)] == list(CALL)
+
+    @pytest.mark.parametrize("manner", ["prefill", "instructed", "rerun"])
+    def test_with_nothing_held_nothing_changes(self, manner: Manner) -> None:
+        """Text that is held in front of the call, and comes with it, is still joined."""
+        splice = Splice(manner, SENT)
+
+        assert splice.settle() == []
+        assert said(splice.feed([*texts(SENT + REST), *CALL])) == REST
+
+
 @pytest.mark.parametrize(
     ("text", "whole"), [("Done.", True), ("Done.\n", True), ("`ls`", True), ("and", False), ("", False)]
 )

@@ -1,4 +1,4 @@
-"""A hedged first token: when one upstream keeps its client waiting, a second one is asked, and the first to speak stays."""
+"""A hedged first token: a second upstream is asked when one is silent, and the first to speak stays."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ async def test_a_failed_first_leaves_it_to_the_hedge(upstreams: Upstreams, tmp_p
     third = await upstreams(breaks)
     text = config({"a": (first.base_url, PAID), "b": (second.base_url, FREE), "c": (third.base_url, PAID)})
     text = text.replace('first_token_timeout = "5s"', 'first_token_timeout = "150ms"')
-    text = text.replace('[providers.b]', '[providers.b]\nfirst_token_timeout = "5s"')
+    text = text.replace("[providers.b]", '[providers.b]\nfirst_token_timeout = "5s"')
     async with daemon(text, tmp_path) as served:
         await get_to_know(served)
         heard = await hear(served.url, streamed())
@@ -221,6 +221,23 @@ async def test_when_both_fail_the_exchange_goes_on(upstreams: Upstreams, tmp_pat
 
         assert heard.text == TEXT
         assert ended(served) == [("a", "unavailable"), ("b", "unavailable"), ("c", "success")]
+
+
+async def test_a_winner_may_still_fail(upstreams: Upstreams, tmp_path: Path) -> None:
+    """Then somebody new takes up its answer, not the one that had nothing to say."""
+    silent, stalls = await upstreams(*KNOWN, SILENT), await upstreams(Turn(fault=Fault("stall", "mid_text")))
+    third = await upstreams(Turn(Answer(text=TEXT)))
+    text = config(
+        {"a": (silent.base_url, PAID), "b": (stalls.base_url, FREE), "c": (third.base_url, PAID)},
+    )
+    async with daemon(text, tmp_path) as served:
+        await get_to_know(served)
+        heard = await hear(served.url, streamed())
+
+        assert not heard.torn
+        assert ended(served)[:2] == [("a", "cancelled"), ("b", "stalled")]
+        assert len(silent.requests) == SAMPLES_MIN + 1
+        assert len(third.requests) >= 1
 
 
 async def test_a_client_that_leaves_ends_both(upstreams: Upstreams, tmp_path: Path) -> None:
@@ -245,7 +262,7 @@ async def test_a_client_that_leaves_ends_both(upstreams: Upstreams, tmp_path: Pa
 
 
 async def test_one_that_always_hangs_is_left_alone_in_the_end(upstreams: Upstreams, tmp_path: Path) -> None:
-    """Losing counts as a failure for whoever was asked first: its breaker opens, and turns no longer wait for a hedge."""
+    """Losing counts as a failure for whoever was asked first: in the end its breaker opens."""
     silent, ready = await upstreams(*KNOWN, SILENT), await upstreams()
     text = config({"a": (silent.base_url, PAID), "b": (ready.base_url, FREE)})
     text = text.replace("[defaults]", "[defaults]\nbreaker = { failures = 2 }")

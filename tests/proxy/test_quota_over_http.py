@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from routerd.canonical import Usage
 from routerd.proxy.simulated import Answer, Fault, Turn
 from tests.fakes import ScriptedUpstream, Upstreams
 from tests.proxy.wire import Heard, hear, listening, streamed
-from tests.rig import HELLO, MODEL, config_text, daemon
+from tests.rig import HELLO, MODEL, config_text, daemon, provider
 
 CROWD = 200
 HASTY = 'max_wait = "0s"'
@@ -153,6 +154,66 @@ async def test_unforeseen_tokens_are_a_debt(upstreams: Upstreams, tmp_path: Path
         assert first.status == 200
         assert second.status == 429
         assert 55 <= int(second.headers["Retry-After"]) <= 65
+
+
+async def test_a_prompt_that_was_read_is_paid_for(upstreams: Upstreams, tmp_path: Path) -> None:
+    """An answer that opened and broke off before its first word may be billed for its prompt: so it is, here too."""
+    opened = Turn(fault=Fault("eof", "before_content"))
+    refused = Turn(fault=Fault("status", status=500))
+    upstream: ScriptedUpstream = await upstreams(opened, refused, Turn(Answer(usage=Usage(input_tokens=1))))
+    settings = "breaker = { failures = 1000, min_requests = 500 }"
+    async with daemon(config_text({"a": upstream}, defaults=settings), tmp_path) as served:
+        heard = await hear(served.url, HELLO | {"messages": [{"role": "user", "content": "word " * 1_000}]})
+        tokens = served.metric("routerd_tokens_total", provider="a", model=MODEL, kind="input")
+
+        assert heard.status == 200
+        assert len(upstream.requests) == 3
+        assert 1_000 < tokens < 2_000
+
+
+async def test_what_is_gone_on_with_is_read_again(upstreams: Upstreams, tmp_path: Path) -> None:
+    """Whoever goes on with a broken answer reads what there is of it, and that is reserved for as well."""
+    torn = Turn(Answer(text="word " * 4_000, piece=16_000), fault=Fault("eof", "before_finish"))
+    first = await upstreams(torn)
+    second: ScriptedUpstream = await upstreams(Turn(fault=Fault("stall", "before_content")))
+    limits = _limits(['{ tokens = 1_000_000, per = "minute" }'])
+    async with daemon(config_text({"a": first, "b": second}, extra=limits), tmp_path) as served:
+        async with listening(served.url, streamed() | {"max_tokens": 10}):
+            await second.requested(1)
+            held = [served.metric("routerd_quota_remaining", provider=name, limit="tokens/minute") for name in "ab"]
+        await second.idle()
+
+        assert held[1] < 1_000_000 - 5_000
+
+
+async def test_a_request_sent_twice_counts_twice(tmp_path: Path) -> None:
+    """A kept connection that dies under a request may have delivered it: then the window has two less."""
+    body = b'{"choices": [{"message": {"content": "Yes."}, "finish_reason": "stop"}]}'
+    answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    received = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal received
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                await reader.readexactly(int(re.findall(rb"(?i)content-length: (\d+)", head)[0]))
+                received += 1
+                if received == 2:
+                    break
+                writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    text = config_text({}, defaults=HASTY).replace("models = []", f'models = ["a/{MODEL}"]')
+    text += provider("a", url, extra=_limits([DAY]))
+    asked = HELLO | {"logprobs": True}  # which cannot be put together from a stream
+    async with server, daemon(text, tmp_path) as served:
+        statuses = [(await hear(served.url, asked)).status for _ in range(2)]
+
+        assert statuses == [200, 200]
+        assert received == 3
+        assert served.metric("routerd_quota_remaining", provider="a", limit="requests/day") == 47
 
 
 async def test_limit_for_some_models(upstreams: Upstreams, tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ stands in the summary at the end of the session.
 
 The healthy upstream behaves like a model: it has a wording of its own, but asked to go on with the other's text it goes
 on with that.
+
+Chat is taken through all of it. What the other dialects add is that answers pass as they came and are gone on with in
+our own words, or are our own words from the first: for these, three ways of mixing dialects and the commonest requests.
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ import msgspec
 import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response
 
 from routerd.canonical import End, Event, Finish, ReasoningDelta, Start, TextDelta, ToolDelta, ToolStart, UsageReport
 from routerd.dialects import DIALECTS
 from routerd.proxy.simulated import PLACED_KINDS, PLACES, Answer, Call, Fault, Kind, Place, Received, Turn
 from tests.continuing import gone_on_with
 from tests.fakes import ScriptedUpstream
-from tests.proxy.wire import Heard, hear
+from tests.proxy.wire import CHAT, Heard, hear
+from tests.responses_fake import RESPONSES, ResponsesUpstream
 from tests.rig import HELLO, MODEL, WEATHER, Daemon, daemon, provider
 
 LIMIT_S = 0.6  # for the first token, and for silence after it
@@ -48,6 +53,14 @@ TOOLS = {"tools": [WEATHER]}
 # --- cases ----------------------------------------------------------------------------------------------------------
 
 
+class Mixture(NamedTuple):
+    """The dialects of the client, the faulty upstream, and the healthy one."""
+
+    client: str = "chat"
+    faulty: str = "chat"
+    healthy: str = "chat"
+
+
 class Variant(NamedTuple):
     """One exchange of a test. ``alone``: there is no other upstream."""
 
@@ -55,10 +68,11 @@ class Variant(NamedTuple):
     whole: bool
     calls: bool
     alone: bool
+    mixture: Mixture = Mixture()
 
     def __str__(self) -> str:
         words = ("stream" if self.stream else "body", "whole" if self.whole else "live")
-        return " ".join((*words, "calls" if self.calls else "text", "alone" if self.alone else "pair"))
+        return " ".join((*words, "calls" if self.calls else "text", "alone" if self.alone else "pair", *self.mixture))
 
 
 VARIANTS = [
@@ -68,6 +82,15 @@ VARIANTS = [
     for calls in (False, True)
     for alone in (False, True)
 ]
+PASSED_ON = Mixture("responses", "responses", "chat")
+MIXTURES = (PASSED_ON, Mixture("responses", "chat", "responses"), Mixture("chat", "responses", "responses"))
+MIXED_VARIANTS = [
+    Variant(stream, whole=False, calls=calls, alone=alone, mixture=mixture)
+    for stream in (True, False)
+    for calls in (False, True)
+    for alone, mixture in [(False, mixture) for mixture in MIXTURES] + [(True, PASSED_ON)] * stream
+]
+SPEAKERS = {"chat": ScriptedUpstream, "responses": ResponsesUpstream}
 IN_CALLS: tuple[Place, ...] = ("mid_call", "between_calls")
 STATUSES = (400, 401, 402, 403, 404, 413, 422, 429, 500, 502, 503, 529)
 PASSING = (429, 500, 502, 503, 529)  # refusals after which the only upstream is asked again
@@ -96,13 +119,13 @@ PLACED = {
 }
 PAUSED = {f"pause {place}": Fault("pause", place, seconds=LIMIT_S / 4) for place in PLACES}
 REFUSED = {str(status): _status(status) for status in STATUSES} | {"refuse": Fault("refuse", seconds=LIMIT_S / 2)}
-SPOILT = {kind: Fault(kind) for kind in SPOILS}
+SPOILT: dict[str, Fault] = {kind: Fault(kind) for kind in SPOILS}
 FAULTS = PLACED | PAUSED | REFUSED | SPOILT
 
 
-def variants(fault: Fault) -> list[Variant]:
+def variants(fault: Fault, among: Sequence[Variant] = VARIANTS) -> list[Variant]:
     """Those in which it is a fault, and in which somebody can answer after it."""
-    found = VARIANTS
+    found = list(among)
     if (fault.kind in PLACED_KINDS and fault.place in IN_CALLS) or fault.kind in ONLY_IN_CALLS:
         found = [variant for variant in found if variant.calls]
     if fault.kind == "status" and fault.status not in PASSING:
@@ -129,6 +152,10 @@ def faulty(fault: Fault, variant: Variant, pace_s: float) -> list[Turn | Callabl
 
 
 def request(variant: Variant, route: str) -> dict[str, Any]:
+    if variant.mixture.client == "responses":
+        asked: dict[str, Any] = {"model": route, "input": "Hello.", "stream": variant.stream}
+        function: Any = WEATHER["function"]
+        return asked | ({"tools": [{"type": "function", **function}]} if variant.calls else {})
     body = {"model": route, "stream": variant.stream} | (TOOLS if variant.calls else {})
     return HELLO | body | ({"stream_options": {"include_usage": True}} if variant.stream else {})
 
@@ -146,7 +173,12 @@ class Pair:
         tiers = ", ".join(f'"{name}/{MODEL}"' for name in self.upstreams)
         delivery = "whole" if self.variant.whole else "live"
         route = f'[routes.{self.route}]\nmodels = [{tiers}]\ndelivery = "{delivery}"\n'
-        return route + "".join(provider(name, one.base_url) for name, one in self.upstreams.items())
+        speakers = self.upstreams.items()
+        return route + "".join(provider(name, one.base_url, dialect=one.dialect) for name, one in speakers)
+
+    async def ask(self, served: Daemon) -> Heard:
+        path = RESPONSES if self.variant.mixture.client == "responses" else CHAT
+        return await hear(served.url, request(self.variant, self.route), path=path)
 
     @property
     def requests(self) -> int:
@@ -163,7 +195,11 @@ async def serving(
         pairs = []
         for number, (fault, variant) in enumerate(cases):
             scripts = [faulty(fault, variant, pace_s)] + ([] if variant.alone else [[model(OTHER_TEXT, variant)]])
-            started = [await stack.enter_async_context(ScriptedUpstream(*script)) for script in scripts]
+            speakers = [SPEAKERS[dialect] for dialect in variant.mixture[1:]]
+            started = [
+                await stack.enter_async_context(speaker(*script))
+                for speaker, script in zip(speakers, scripts, strict=False)
+            ]
             pairs.append(Pair(number, variant, started))
         text = f'[server]\nlisten = "127.0.0.1:0"\n[state]\nurl = "memory:"\n[defaults]\n{SETTINGS}\n'
         async with daemon(text + "".join(pair.toml for pair in pairs), folder) as served:
@@ -221,20 +257,50 @@ def got_from_completion(completion: Any) -> Got:
     )
 
 
+def got_from_response(body: Any) -> Got:
+    """By the OpenAI SDK's own types."""
+    response = Response.model_validate(body, strict=True)
+    calls = [item for item in response.output if item.type == "function_call"]
+    assert response.status == "completed"
+    assert len({call.call_id for call in calls}) == len(calls)
+    assert len({item.id for item in response.output}) == len(response.output)
+    return Got(
+        response.output_text,
+        tuple(Call(call.name, call.arguments) for call in calls),
+        "tool_calls" if calls else "stop",
+    )
+
+
+def got_in_responses(heard: Heard, variant: Variant) -> Got:
+    """The last event's response says the same as the pieces before it, which are numbered."""
+    if not variant.stream:
+        return got_from_response(heard.json)
+    numbers = [chunk["sequence_number"] for chunk in heard.chunks]
+    assert numbers == sorted(numbers)
+    found = got_from_response(heard.chunks[-1]["response"])
+    assert found == got_from_events(events_of(heard, "responses"))
+    return found
+
+
+def events_of(heard: Heard, dialect: str) -> list[Event]:
+    decoder = DIALECTS[dialect].decoder()
+    return [event for frame in [*decoder.feed(heard.data), *decoder.close()] for event in frame.events]
+
+
 def got(heard: Heard, variant: Variant) -> Got:
     """What the client has. Both readers agree on a stream."""
     assert heard.status == 200, heard.data
     assert not heard.torn
+    if variant.mixture.client == "responses":
+        return got_in_responses(heard, variant)
     if not variant.stream:
         return got_from_completion(ChatCompletion.model_validate(heard.json, strict=True))
-    decoder = DIALECTS["chat"].decoder()
-    events = [event for frame in [*decoder.feed(heard.data), *decoder.close()] for event in frame.events]
     assert heard.data.endswith(b"data: [DONE]\n\n")
     state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
     for chunk in heard.chunks:
         state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
     found = got_from_completion(state.get_final_completion())
-    assert found == got_from_events(events)
+    assert found == got_from_events(events_of(heard, "chat"))
     return found
 
 
@@ -276,11 +342,24 @@ def check_books(served: Daemon, pair: Pair, counts: Counts) -> float:
     return seconds
 
 
+Record = Callable[[str, object], None]
+
+
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-async def test_no_turn_is_lost(fault: Fault, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+async def test_no_turn_is_lost(fault: Fault, tmp_path: Path, record_property: Record) -> None:
     """The answer is whole, well formed, and said once; each attempt is settled once; nothing is left running."""
-    async with serving([(fault, variant) for variant in variants(fault)], tmp_path) as (served, pairs):
-        heard = await asyncio.gather(*(hear(served.url, request(pair.variant, pair.route)) for pair in pairs))
+    await check_no_turn_is_lost(fault, variants(fault), tmp_path, record_property)
+
+
+@pytest.mark.parametrize("fault", (PLACED | SPOILT).values(), ids=PLACED | SPOILT)
+async def test_no_turn_is_lost_between_dialects(fault: Fault, tmp_path: Path, record_property: Record) -> None:
+    """The same, however the dialects are mixed."""
+    await check_no_turn_is_lost(fault, variants(fault, MIXED_VARIANTS), tmp_path, record_property)
+
+
+async def check_no_turn_is_lost(fault: Fault, among: Sequence[Variant], folder: Path, record_property: Record) -> None:
+    async with serving([(fault, variant) for variant in among], folder) as (served, pairs):
+        heard = await asyncio.gather(*(pair.ask(served) for pair in pairs))
         counts, seconds = counted(served), dict[str, float]()
         for pair, one in zip(pairs, heard, strict=True):
             assert got(one, pair.variant) == expected(fault, pair.variant), str(pair.variant)
@@ -298,7 +377,7 @@ async def test_no_turn_is_lost_when_all_comes_in_one_read(kind: Kind, tmp_path: 
     faults = [Fault(kind, place) for place in PLACES[2:]]
     cases = [(fault, variant) for fault in faults for variant in variants(fault) if not variant.alone]
     async with serving(cases, tmp_path, pace_s=0.0) as (served, pairs):
-        heard = await asyncio.gather(*(hear(served.url, request(pair.variant, pair.route)) for pair in pairs))
+        heard = await asyncio.gather(*(pair.ask(served) for pair in pairs))
         counts = counted(served)
         for (fault, variant), pair, one in zip(cases, pairs, heard, strict=True):
             either = [expected(fault, variant)._replace(text=text) for text in (FIRST_TEXT, OTHER_TEXT)]

@@ -133,6 +133,31 @@ async def test_what_is_given_back_is_taken_at_once(upstreams: Upstreams, tmp_pat
         assert 0 < served.exchanges[1]["waited_s"] < 5
 
 
+async def test_the_large_are_not_overtaken_for_ever(upstreams: Upstreams, tmp_path: Path) -> None:
+    """Small requests that keep taking what a large one waits for stand back once its time had come in vain."""
+    spent, used = Usage(input_tokens=119_900), Usage(input_tokens=500, output_tokens=500)
+    upstream: ScriptedUpstream = await upstreams(Turn(Answer(usage=spent)), Turn(Answer(usage=used)))
+    limits = 'limits = [ { tokens = 120_000, per = "minute" } ]'  # two thousand in a second
+    large = HELLO | {"messages": [{"role": "user", "content": "word " * 3_000}], "max_tokens": 100}
+    async with daemon(config_text({"a": upstream}, extra=limits), tmp_path) as served:
+        await hear(served.url)
+        elder = asyncio.create_task(hear(served.url, large))
+        await _arrived(served, 2)
+        small: list[asyncio.Task[Any]] = []
+        async with asyncio.timeout(20):
+            while not elder.done():  # a thousand tokens each: five times what the allowance refills
+                small.append(asyncio.create_task(hear(served.url, _numbered(len(small)) | {"max_tokens": 990})))
+                await asyncio.sleep(0.1)
+        waited_s = elder.result().reads[-1][0]
+        overtakers = sum("word" not in str(request.body) for request in upstream.requests[1:])
+        for task in small:
+            task.cancel()
+
+        assert elder.result().status == 200
+        assert 1.5 < waited_s < 10
+        assert overtakers > 0
+
+
 async def test_nobody_is_held_by_what_another_one_needs(upstreams: Upstreams, tmp_path: Path) -> None:
     """An image waits for the one upstream that sees; a text that came later goes on with the other one meanwhile."""
     sees: ScriptedUpstream = await upstreams(limited(2), Turn())

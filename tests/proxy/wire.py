@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import aiohttp
 import msgspec
@@ -193,6 +193,8 @@ class Talk:
 
 class RawUpstream:
     """An upstream that says, byte for byte, what a test's function writes. One request per connection."""
+
+    dialect: ClassVar[str] = "chat"
 
     def __init__(self, play: Play) -> None:
         self._play = play

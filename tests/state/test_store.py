@@ -92,6 +92,14 @@ class TestEveryStore:
 
             assert await store.load("quota") == {"b": b"3", "c": b"1", "d": b"2"}
 
+    async def test_single_rows_are_read(self, url: str, tmp_path: Path) -> None:
+        """Those of the kind that there are, and also what was only just enqueued."""
+        async with opened(url, tmp_path) as store:
+            await store.write([row("a", "1"), row("b", "1"), row("c", "1"), row("d", "1", kind="other")])
+            store.enqueue([row("b", "2"), row("c", "")])
+
+            assert await store.read("quota", ["a", "b", "c", "d"]) == {"a": b"1", "b": b"2"}
+
     async def test_a_closed_store_refuses(self, url: str, tmp_path: Path) -> None:
         """Closing twice is harmless; writing to it afterwards is not silent."""
         store = open_store(url, tmp_path)
