@@ -23,7 +23,9 @@ The shell: it does what the pure part decided.
 ``proxy/``      ``app``: HTTP paths and admission (``guard``). ``exchange``: one client request, the loop over attempts.
                 ``planner``: the choice. ``pool``: taking and settling. ``live``: accounts, upstreams, routes.
                 ``attempt``: one upstream call under its watchdog. ``downstream``: the client's side. ``client``: the
-                upstream's. ``queue``: who waits. ``service``: start, drain, stop. ``simulated``: scripted upstreams.
+                upstream's. ``queue``: who waits. ``service``: start, drain, stop. ``simulated``: scripted upstreams
+                (``scripts``, ``strikes``). ``drill``: faults by script (``tasks``, ``spending``), who takes part
+                (``stage``), what must hold (``laws``) and what came of it (``report``).
 ``cli/``        one file per command.
 
 One exchange in eight steps: accept (app) - admit (app, guard) - plan (planner) - dispatch (pool, client) - classify

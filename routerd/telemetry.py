@@ -411,9 +411,7 @@ class Telemetry:
             "1 if the config last offered was taken up, 0 if an older one is still in force.",
             registry=self.registry,
         )
-        self.price_refreshes = self._counter(
-            "routerd_price_refreshes", "Price lists asked for.", ("source", "result")
-        )
+        self.price_refreshes = self._counter("routerd_price_refreshes", "Price lists asked for.", ("source", "result"))
         self.price_doubts = self._counter(
             "routerd_prices_doubted", "Prices that changed too much to be believed.", ("source",)
         )

@@ -21,6 +21,14 @@ import msgspec
 
 from routerd.canonical import Event, Failure, Frame, Head, Recall, Request, Upstream
 
+# What answers may have that there are no events for; the names are feature labels of routerd_dropped_features_total.
+CITATIONS = "citations"
+SERVER_TOOLS = "server_tools"  # what the vendor's own tools did
+PICTURES = "pictures"
+SPEECH = "speech"
+CHOICES = "choices"  # all but the first
+OTHER_CONTENT = "other_content"
+
 
 class Stamp(msgspec.Struct, frozen=True):
     """What every piece of one answer carries. ``created`` is in Unix seconds."""
@@ -33,7 +41,13 @@ class Stamp(msgspec.Struct, frozen=True):
 
 
 class Decoder(Protocol):
-    """Reads one attempt's stream. Its frames' ``raw``, joined, are the bytes it was fed."""
+    """Reads one attempt's stream. Its frames' ``raw``, joined, are the bytes it was fed.
+
+    ``unsaid``: what the answer had that there are no events for, by name: it travels as bytes, or not at all.
+    """
+
+    @property
+    def unsaid(self) -> set[str]: ...
 
     def feed(self, data: bytes) -> list[Frame]:
         """Return the frames that are now whole.
@@ -136,6 +150,9 @@ class Dialect(Protocol):
 
     def encode_request(self, request: Request) -> bytes:
         """Write a whole request; ``patch_request`` then fits it to an upstream."""
+
+    def unsaid(self, request: Request) -> tuple[str, ...]:
+        """Return what of the request has no place in this dialect, by name."""
 
     def tool_schemas(self, body: bytes) -> dict[str, dict[str, Any]]:
         """Return the JSON Schema of each offered tool's arguments, by name; empty where they cannot be read."""

@@ -49,7 +49,7 @@ from routerd.canonical import (
     Usage,
     UsageReport,
 )
-from routerd.dialects import Chaining, Stamp
+from routerd.dialects import CHOICES, CITATIONS, PICTURES, SPEECH, Chaining, Stamp
 from routerd.dialects.chat_request import (
     JSON_ERRORS,
     continue_request,
@@ -57,7 +57,7 @@ from routerd.dialects.chat_request import (
     read_head,
     tool_schemas,
 )
-from routerd.dialects.chat_translate import decode_request, encode_request
+from routerd.dialects.chat_translate import decode_request, encode_request, unsaid
 from routerd.dialects.faults import find_fault, named_fault, read_fault, read_json, told_error
 from routerd.dialects.sse import BLOCK_BYTES_MAX, DONE, Block, Framer
 from routerd.dialects.tokens import cost_usd, count
@@ -103,6 +103,9 @@ class _Delta(msgspec.Struct, gc=False):
     tool_calls: list[_Piece] | None = None
     function_call: _Function | None = None
     reasoning_details: msgspec.Raw = msgspec.Raw()  # thinking as OpenRouter wants it back: a list, in pieces
+    annotations: msgspec.Raw = msgspec.Raw()
+    images: msgspec.Raw = msgspec.Raw()
+    audio: msgspec.Raw = msgspec.Raw()
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -432,9 +435,21 @@ def _read_odd_chunk(data: bytes) -> _Chunk | Fault:
 class ChatDecoder:
     """Reads one attempt's stream."""
 
-    __slots__ = ("_calls", "_details", "_ended", "_events", "_finished", "_framer", "_holding", "_raw", "_started")
+    __slots__ = (
+        "_calls",
+        "_details",
+        "_ended",
+        "_events",
+        "_finished",
+        "_framer",
+        "_holding",
+        "_raw",
+        "_started",
+        "unsaid",
+    )
 
     def __init__(self) -> None:
+        self.unsaid: set[str] = set()
         self._framer = Framer()
         self._calls = _Calls()
         self._details = _Details()
@@ -528,6 +543,8 @@ class ChatDecoder:
     def _read_choice(self, chunk: _Chunk, choices: list[_Choice]) -> tuple[Event, ...]:
         """Return the events of a chunk with choices; only the first of several answers is followed."""
         choice = choices[0]
+        if choice.index or len(choices) > 1:
+            self.unsaid.add(CHOICES)
         if choice.index:
             others = [choice for choice in choices if not choice.index]
             if not others:
@@ -552,6 +569,9 @@ class ChatDecoder:
         if delta.tool_calls or delta.function_call is not None:
             _read_calls(delta, self._calls, events)
             self._holding = self._holding or self._calls.waiting
+        for feature, value in ((CITATIONS, delta.annotations), (PICTURES, delta.images), (SPEECH, delta.audio)):
+            if len(value) > _EMPTY_LIST_BYTES and bytes(value) != b"null":
+                self.unsaid.add(feature)
 
     def _read_odd(self, block: Block) -> tuple[Event, ...]:
         """Return the events of a block that is no chunk of the usual shape."""
@@ -848,6 +868,7 @@ class ChatDialect:
     patch_request = staticmethod(patch_request)
     decode_request = staticmethod(decode_request)
     encode_request = staticmethod(encode_request)
+    unsaid = staticmethod(unsaid)
     tool_schemas = staticmethod(tool_schemas)
     continue_request = staticmethod(continue_request)
     decode_body = staticmethod(_read_body)

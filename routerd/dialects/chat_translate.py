@@ -284,6 +284,12 @@ def encode_request(request: Request) -> bytes:
     return _encode(fields | {name: value for name, value in optional.items() if value is not None})
 
 
+def unsaid(request: Request) -> tuple[str, ...]:
+    """See ``Dialect.unsaid``."""
+    results = (block for turn in request.messages for block in turn.blocks if isinstance(block, ToolResult))
+    return ("is_error",) if any(result.is_error for result in results) else ()
+
+
 def _messages(turn: Message) -> Iterator[dict[str, Any]]:
     if turn.role == "assistant":
         yield _assistant(turn)

@@ -49,7 +49,7 @@ from routerd.canonical import (
     Usage,
     UsageReport,
 )
-from routerd.dialects import Chaining, Stamp
+from routerd.dialects import CITATIONS, OTHER_CONTENT, SERVER_TOOLS, Chaining, Stamp
 from routerd.dialects.chat_request import JSON_ERRORS
 from routerd.dialects.faults import find_fault, named_fault, read_json, told_status
 from routerd.dialects.messages_request import (
@@ -58,7 +58,7 @@ from routerd.dialects.messages_request import (
     read_head,
     tool_schemas,
 )
-from routerd.dialects.messages_translate import decode_request, encode_request
+from routerd.dialects.messages_translate import decode_request, encode_request, unsaid
 from routerd.dialects.sse import DONE, Block, Framer
 from routerd.dialects.tokens import cost_usd, count
 
@@ -214,9 +214,10 @@ class _Open:
 class _Blocks:
     """The blocks of one answer, and how many of each kind there were."""
 
-    __slots__ = ("_counts", "_open")
+    __slots__ = ("_counts", "_open", "unsaid")
 
     def __init__(self) -> None:
+        self.unsaid: set[str] = set()
         self._open: dict[int, _Open] = {}  # by the server's index
         self._counts: dict[_Kind, int] = {"text": 0, "thinking": 0, "tool": 0}
 
@@ -227,6 +228,8 @@ class _Blocks:
     def start(self, index: int, piece: _Piece) -> list[Event]:
         events = self.stop(index)  # a server that closes nothing
         block = self._open[index] = _Open(_KINDS.get(piece.type, "other"))
+        if block.kind == "other":
+            self.unsaid.add(SERVER_TOOLS if piece.type.endswith(_SERVER_TOOL_ENDINGS) else OTHER_CONTENT)
         if block.kind == "tool":
             events.append(ToolStart(self._place(block), piece.id or "", piece.name or ""))
             arguments = bytes(piece.input).strip()
@@ -254,6 +257,8 @@ class _Blocks:
                 raise UpstreamProtocolError("arguments of no call")
             block.spoken = True
             events.append(ToolDelta(block.place, piece.partial_json))
+        elif piece.type == "citations_delta":
+            self.unsaid.add(CITATIONS)
         return events
 
     def stop(self, index: int) -> list[Event]:
@@ -270,6 +275,7 @@ class _Blocks:
         return block.place
 
 
+_SERVER_TOOL_ENDINGS: Final = ("server_tool_use", "mcp_tool_use", "_tool_result")
 _DELTA_KINDS: Final[dict[str, _Kind]] = {
     "text_delta": "text",
     "thinking_delta": "thinking",
@@ -299,6 +305,11 @@ class MessagesDecoder:
     def __repr__(self) -> str:
         state = "ENDED" if self._ended else "FINISHED" if self._finished else "STARTED" if self._started else "NEW"
         return f"<MessagesDecoder {state}>"
+
+    @property
+    def unsaid(self) -> set[str]:
+        """See ``Decoder``."""
+        return self._blocks.unsaid
 
     def feed(self, data: bytes) -> list[Frame]:
         return self._frames(self._framer.feed(data))
@@ -735,6 +746,7 @@ class MessagesDialect:
     patch_request = staticmethod(patch_request)
     decode_request = staticmethod(decode_request)
     encode_request = staticmethod(encode_request)
+    unsaid = staticmethod(unsaid)
     tool_schemas = staticmethod(tool_schemas)
     continue_request = staticmethod(continue_request)
     decode_body = staticmethod(_read_body)

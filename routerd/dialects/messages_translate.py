@@ -323,6 +323,18 @@ def encode_request(request: Request) -> bytes:
     return _encode(fields | {name: value for name, value in optional.items() if value is not None})
 
 
+def unsaid(request: Request) -> tuple[str, ...]:
+    """See ``Dialect.unsaid``."""
+    forced = request.tool_choice is not None and request.tool_choice.mode in ("required", "named")
+    thinking = _wire_thinking(request) is not None
+    gone = {
+        "reasoning_effort": thinking and forced,
+        "temperature": request.temperature is not None and thinking and not forced,
+        "top_p": request.top_p is not None and (request.temperature is not None or (thinking and not forced)),
+    }
+    return tuple(name for name, dropped in gone.items() if dropped)
+
+
 def _wire_thinking(request: Request) -> dict[str, Any] | None:
     budget = request.reasoning_budget_tokens
     if budget is None and request.reasoning_effort is not None:

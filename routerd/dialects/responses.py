@@ -17,7 +17,7 @@ from routerd.dialects.responses_chain import ResponsesChaining
 from routerd.dialects.responses_decoder import ResponsesDecoder, read_body
 from routerd.dialects.responses_encoder import ResponsesEncoder, write_body
 from routerd.dialects.responses_request import continue_request, patch_request, read_head, tool_schemas
-from routerd.dialects.responses_translate import decode_request, encode_request
+from routerd.dialects.responses_translate import decode_request, encode_request, unsaid
 
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -40,6 +40,7 @@ class ResponsesDialect:
     patch_request = staticmethod(patch_request)
     decode_request = staticmethod(decode_request)
     encode_request = staticmethod(encode_request)
+    unsaid = staticmethod(unsaid)
     tool_schemas = staticmethod(tool_schemas)
     continue_request = staticmethod(continue_request)
     decode_body = staticmethod(read_body)

@@ -6,6 +6,7 @@ leave that list empty, so the items that end on the way are noted as well.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,8 +17,9 @@ from routerd.dialects.responses_request import chained, input_items
 from routerd.dialects.sse import Framer
 
 NOTED_BYTES_MAX: Final = 8 * 1024 * 1024  # of the items of one answer; a longer one cannot be gone on from
-_ITEM_DONE: Final = b"response.output_item.done"
-_ENDS: Final = (b"response.completed", b"response.incomplete")  # what breaks off at a limit is a part of a conversation
+_ITEM_DONE: Final = "response.output_item.done"
+_ENDS: Final = ("response.completed", "response.incomplete")  # what breaks off at a limit is a part of a conversation
+_find_telling: Final = re.compile("|".join(map(re.escape, (_ITEM_DONE, *_ENDS))).encode()).search
 _ENDED: Final = frozenset({"completed", "incomplete"})
 _NO_ITEMS: Final = b"[]"
 
@@ -50,7 +52,7 @@ class ResponsesRecorder:
 
     def stream(self, data: bytes) -> tuple[str, bytes] | None:
         """See ``Recorder``. Most events are told by a look that they are neither an item's end nor the answer's."""
-        if _ITEM_DONE not in data and not any(end in data for end in _ENDS):
+        if _find_telling(data) is None:
             return None
         found = None
         for block in Framer().feed(data):
@@ -68,10 +70,10 @@ class ResponsesRecorder:
             event = _decode_event(data)
         except JSON_ERRORS:
             return None
-        if event.type == "response.output_item.done" and self._size <= NOTED_BYTES_MAX:
+        if event.type == _ITEM_DONE and self._size <= NOTED_BYTES_MAX:
             self._items.append(bytes(event.item))
             self._size += len(event.item)
-        if event.response is None or event.type.encode() not in _ENDS:
+        if event.response is None or event.type not in _ENDS:
             return None
         return self._kept(event.response)
 

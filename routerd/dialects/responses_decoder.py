@@ -45,6 +45,7 @@ from routerd.canonical import (
     UpstreamProtocolError,
     UpstreamTruncated,
 )
+from routerd.dialects import CITATIONS, OTHER_CONTENT, SERVER_TOOLS
 from routerd.dialects.chat_request import JSON_ERRORS
 from routerd.dialects.faults import find_fault, named_fault, read_json
 from routerd.dialects.responses_wire import (
@@ -72,6 +73,7 @@ _encode: Final = msgspec.json.Encoder().encode
 _NO_EVENTS: Final[tuple[Event, ...]] = ()
 _END: Final = End()
 _TEXT_DELTA: Final = "response.output_text.delta"
+_CITATION: Final = "response.output_text.annotation.added"
 _BREAK: Final = "\n\n"  # between the parts of one item's thinking
 
 
@@ -125,9 +127,10 @@ class _Item:
 class _Items:
     """The items of one answer, and how many texts, thoughts and calls there were."""
 
-    __slots__ = ("_by_id", "_by_index", "_counts", "_order")
+    __slots__ = ("_by_id", "_by_index", "_counts", "_order", "unsaid")
 
     def __init__(self) -> None:
+        self.unsaid: set[str] = set()
         self._by_id: dict[str, _Item] = {}
         self._by_index: dict[int, _Item] = {}
         self._order: dict[Kind, list[_Item]] = {kind: [] for kind in (*KINDS.values(), "act", "other")}
@@ -255,6 +258,8 @@ class _Items:
             item.complete = False
             identity = wire.call_id or wire.id or ""
             return [ToolStart(item.place, identity, wire.name or wire.type, ACT_MARKS[wire.type])]
+        if item.kind == "other":
+            self.unsaid.add(SERVER_TOOLS if wire.type in SERVER_KINDS else OTHER_CONTENT)
         return []
 
     def _finish(self, item: _Item, wire: WireItem, raw: msgspec.Raw) -> list[Event]:
@@ -362,6 +367,11 @@ class ResponsesDecoder:
         state = "FINISHED" if self._finished else "STARTED" if self._started else "NEW"
         return f"<ResponsesDecoder {state}>"
 
+    @property
+    def unsaid(self) -> set[str]:
+        """See ``Decoder``."""
+        return self._items.unsaid
+
     def feed(self, data: bytes) -> list[Frame]:
         return self._frames(self._framer.feed(data))
 
@@ -403,6 +413,8 @@ class ResponsesDecoder:
     def _read_event(self, event: WireEvent, block: Block) -> tuple[Event, ...]:
         read = self._READERS.get(event.type)
         if read is None:
+            if event.type == _CITATION:
+                self.unsaid.add(CITATIONS)
             return self._read_other(event, block)
         if self._finished:
             return _NO_EVENTS

@@ -472,7 +472,7 @@ def encode_request(request: Request) -> bytes:
 
 
 def unsaid(request: Request) -> tuple[str, ...]:
-    """Return what of the request has no place in this dialect, by name."""
+    """See ``Dialect.unsaid``."""
     return ("stop",) if request.stop else ()
 
 

@@ -16,7 +16,9 @@ from disk when somebody goes on from them.
   knowing it, and each of their answers holds all of it. So first answers that nobody has gone on from share
   ``FRESH_SHARE`` of the room among themselves as soon as somebody else needs the rest.
 * **A link holds** only while what it points to is what it pointed to when it was made: servers that use an id twice
-  exist, and one conversation must never run on into another.
+  exist, and one conversation must never run on into another. In the same conversation the new answer takes the place of
+  the old one. In another it is *contested*, if the old one was used within ``CONTESTED_S``: nobody can know which of
+  the two is meant, so neither can be named any more.
 * **A conversation starts anew**, with all that was said so far as one entry, where the link would not hold for long:
   ``CHAIN_MAX`` answers, or ``RENEW_S`` after its first one, which the disk does not keep for ever.
 
@@ -41,6 +43,7 @@ KEEP_S: Final = 30 * 86_400.0  # without use
 RENEW_S: Final = 30 * 86_400.0  # with KEEP_S below the age at which stores remove rows that nobody renews
 CHAIN_MAX: Final = 512  # answers in a row
 TOUCH_S: Final = 86_400.0
+CONTESTED_S: Final = 86_400.0
 
 ITEMS: Final = "answer_items"  # the kinds of rows: what was said ...
 INDEX: Final = "answer"  # ... and what is known of it
@@ -53,6 +56,7 @@ class _Entry(msgspec.Struct):
     """One answer. ``made`` and ``used``: Unix seconds, the first also tells it from an earlier one of its name.
 
     ``began`` is when the first answer of the conversation was made, ``length`` how many there are with this one.
+    ``contested``: another answer bears the same name, so that it can only be linked to.
     """
 
     made: float
@@ -63,6 +67,7 @@ class _Entry(msgspec.Struct):
     length: int = 1
     parent: str = ""
     parent_made: float = 0.0
+    contested: bool = False
 
 
 _decode: Final = msgspec.json.Decoder(_Entry).decode
@@ -99,7 +104,8 @@ class Answers:
 
     def use(self, name: str, wall: float) -> tuple[list[str], Rows]:
         """The answers that lead to this one and itself, oldest first, and the rows to save; none if it is unknown."""
-        chain = self._chain(name)
+        entry = self._find(name)
+        chain = [] if entry is None or entry.contested else self._chain(name)
         return chain, self._touch(chain, wall)
 
     def joins(self, name: str, parent: str, wall: float) -> bool:
@@ -107,6 +113,17 @@ class Answers:
         before = self._find(parent)
         fits = before is not None and before.length < CHAIN_MAX and before.began > wall - RENEW_S
         return fits and self._find(name) is None and bool(self._chain(parent))
+
+    def contest(self, name: str, parent: str, wall: float) -> Rows | None:
+        """The rows to save if another conversation has an answer of this name, else None. Then it is not to be kept.
+
+        ``parent``: the answer that the client went on from.
+        """
+        other = self._find(name)
+        if other is None or name == parent or other.used <= wall - CONTESTED_S:
+            return None
+        other.contested = True
+        return [(INDEX, name, msgspec.json.encode(other))]
 
     def remember(self, name: str, parent: str, items: bytes, wall: float) -> Rows:
         """Keep a turn's items, behind a parent it ``joins``, or ``""``. Returns the rows to save and to forget."""

@@ -84,6 +84,10 @@ class Splice:
             given += self._one(event)
         return given
 
+    def settle(self) -> list[Event]:
+        """A call has begun, though it is held elsewhere. Give what is still held of the text in front of it."""
+        return list(self._on_last_text(End())) if self._text or self._kept else []
+
     def _one(self, event: Event) -> Sequence[Event]:
         kind = type(event)
         if kind is TextDelta:

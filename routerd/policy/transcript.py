@@ -147,37 +147,26 @@ class Gate:
         self.usage: Usage | None = None
         self.progress = False  # the last frames carried content
 
-    def admit(self, frames: list[Frame]) -> list[Frame]:
+    def admit(self, frames: Iterable[Frame]) -> list[Frame]:
         """Take what arrived; give what may be sent now. Raises ``BadAnswer`` and ``InBandFault``."""
-        if self._open and self.text and not self._held and self._flows(frames):
-            return frames
         self.progress = False
         self.passed = passed = []
         for frame in frames:
+            events = frame.events
+            if len(events) == 1 and type(events[0]) is TextDelta and self._open and self.text and not self._held:
+                self.characters += len(events[0].text)  # what most events are, at less than half the cost
+                self.progress = True
+                passed.append(frame)
+                continue
             if self.finished is not None and _only_fault(frame):
                 continue
-            for event in frame.events:
+            for event in events:
                 _FOLDS[type(event)](self, event)
             if self._open:
                 passed += self._take(frame)
             else:
                 self._hold(frame)
         return passed
-
-    def _flows(self, frames: list[Frame]) -> bool:
-        """Take more of a text that passes as it comes, which is what most reads are, at a quarter of the cost. False if
-        there is anything else in it; nothing of it is taken then.
-        """
-        characters = 0
-        for frame in frames:
-            events = frame.events
-            if len(events) != 1 or type(events[0]) is not TextDelta:
-                return False
-            characters += len(events[0].text)
-        self.characters += characters
-        self.progress = bool(frames)
-        self.passed = frames
-        return True
 
     def _take(self, frame: Frame) -> list[Frame]:
         if not self._held:
@@ -361,17 +350,11 @@ class Transcript:
         return "".join(self._text) if self.characters <= TEXT_CHARACTERS_MAX else None
 
     def fold(self, events: Iterable[Event]) -> None:
+        texts: list[str] = []
         for event in events:
             kind = type(event)
             if kind is TextDelta:
-                text: str = event.text  # type: ignore[union-attr]  # kind is checked above
-                self.characters += len(text)
-                if not self._spoken:
-                    self._spoken = not text.isspace()
-                if self.characters <= TEXT_CHARACTERS_MAX:
-                    self._text.append(text)
-                else:
-                    self._text.clear()
+                texts.append(event.text)  # type: ignore[union-attr]  # kind is checked above
             elif kind is ReasoningDelta:
                 self.reasoning = True
             elif kind is ToolStart:
@@ -382,3 +365,14 @@ class Transcript:
                 self.ended = True
             elif kind is Start:
                 self.start = self.start or event  # type: ignore[assignment]  # kind is checked above
+        if texts:
+            self._note("".join(texts))
+
+    def _note(self, text: str) -> None:
+        """One string for all that came at once: the memory of its pieces is free again at once."""
+        self.characters += len(text)
+        self._spoken = self._spoken or not text.isspace()
+        if self.characters <= TEXT_CHARACTERS_MAX:
+            self._text.append(text)
+        else:
+            self._text.clear()

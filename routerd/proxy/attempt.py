@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from routerd.canonical import Failure, Frame, Outcome, Side, UpstreamProtocolError, UpstreamTruncated, UsageReport
 from routerd.dialects import Dialect
@@ -85,6 +85,7 @@ class Attempt:
         "phase",
         "refused",
         "ticket",
+        "unsaid",
     )
 
     def __init__(
@@ -109,6 +110,7 @@ class Attempt:
         self.longest_gap_s = 0.0  # between two reads with content
         self.answer = b""  # of a request that is not streamed upstream
         self.diverged = False  # the answer could not be joined to what the client has
+        self.unsaid: Collection[str] = ()  # what its answer had that cannot be said anew, by name
         self.refused = False  # the upstream never began to answer, and said so at once: it cost nothing
         self._begun = False  # something of it was sent
         self._last_at = 0.0
@@ -148,11 +150,12 @@ class Attempt:
 
     async def _relay(self, reply: Reply, watchdog: asyncio.Timeout) -> None:
         feed, gate = self._dialect.decoder(), self.gate
+        self.unsaid = feed.unsaid
         while data := await reply.read():
             frames = await self._admit(feed.feed(data))
             if gate.progress:
                 self._progress(watchdog)
-            if frames:
+            if frames or gate.calls:
                 await self._send(frames)
             if gate.ended:
                 break
@@ -193,6 +196,8 @@ class Attempt:
             frames = [frame for frame in frames if not _only_usage(frame)]
         if self._splice is not None:
             events = self._splice.feed([event for frame in frames for event in frame.events])
+            if self.gate.calls:  # a re-run of this turn would leave out its text
+                events += self._splice.settle()
             frames = [Frame(b"", tuple(events))] if events else []
         if frames:
             if not self._begun:  # not before: of two attempts at the same turn only one may have the client

@@ -72,9 +72,13 @@ class Chains:
         return [bytes(items) for name in names for items in _decode_items(found[name])]
 
     def remember(self, link: Link, answer_id: str, output: bytes) -> None:
-        """Keep an answer. It can be gone on from when this returns."""
+        """Keep an answer. It can be gone on from when this returns, unless somebody else's has the same id."""
         wall = self._wall()
         name, parent = name_of(answer_id, link.owner), name_of(link.previous, link.owner) if link.previous else ""
+        contested = self._index.contest(name, parent, wall)
+        if contested is not None:
+            self._save(contested)
+            return
         joined = bool(parent) and self._index.joins(name, parent, wall)
         asked = link.chaining.input_items(link.body if joined else link.whole)
         self._save(self._index.remember(name, parent if joined else "", b"[%b,%b]" % (asked, output), wall))

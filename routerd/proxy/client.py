@@ -33,7 +33,7 @@ import functools
 import re
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import SplitResult, quote, urlsplit
 
 import aiohappyeyeballs

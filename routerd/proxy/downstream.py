@@ -150,6 +150,11 @@ class Downstream:
     def committed(self) -> bool:
         return self.transcript.committed
 
+    @property
+    def raw(self) -> bool:
+        """True if what was sent of the last attempt is what came."""
+        return self._raw
+
     # --- streams ----------------------------------------------------------------------------------------------------
 
     def begin_attempt(self, dialect: Dialect) -> None:
@@ -167,15 +172,12 @@ class Downstream:
         if self._raw and self._dialect.follows:
             self._require_encoder().follow(frames)
         data = b"".join(raws) if self._raw else self._encode(frames)
-        spoken = False
-        for frame in frames:
-            if frame.events:
-                spoken = True
-                self.transcript.fold(frame.events)
+        events = [event for frame in frames for event in frame.events]
+        self.transcript.fold(events)
         if self.first_content_at is None and self.transcript.begun:
             self.first_content_at = self._clock()
         if data:
-            if spoken:  # comments are passed on, but to most clients they are silence
+            if events:  # comments are passed on, but to most clients they are silence
                 self._last_write = self._clock()
             await self._write(data)
 

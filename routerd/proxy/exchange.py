@@ -11,7 +11,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from collections.abc import Set as AbstractSet
 from functools import partial
 
@@ -29,7 +29,7 @@ from routerd.proxy.attempt import TIMEOUT_CODES, Attempt
 from routerd.proxy.chain import Link
 from routerd.proxy.deadline import answer_within_s
 from routerd.proxy.downstream import GONE, ClientGone, Collector, Downstream, Sink
-from routerd.proxy.live import LiveRoute, LiveUpstream
+from routerd.proxy.live import Face, LiveRoute, LiveUpstream
 from routerd.proxy.planner import Plan
 from routerd.proxy.pool import CHARACTERS_PER_TOKEN, Pool, Ticket
 from routerd.proxy.race import OUTRUN_FIRST, OUTRUN_HEDGE, Ended, Race
@@ -48,6 +48,8 @@ TOO_LATE = Failure(
     status=503,
     code="too_late",
 )
+# What an upstream may refuse in one wire API and take in another one.
+_OF_THE_FACE = frozenset({Code.BAD_REQUEST, Code.REJECTED, Code.UNSUPPORTED_FEATURE, Code.MODEL_NOT_FOUND})
 _VAGUE = frozenset({Code.BAD_REQUEST, Code.REJECTED})  # may have been an accident
 _MISFITS = frozenset({Code.UNSUPPORTED_FEATURE, Code.MODERATION})  # no later try and no other wording of ours helps
 
@@ -97,6 +99,7 @@ class Exchange:
         self._bodies = {arrival.dialect.name: arrival.body}  # the request, by dialect
         self._passed_on = _passed_on(arrival)
         self._untold: Failure | None = None  # why the request has no form in another dialect
+        self._spoken: dict[LiveUpstream, str] = {}  # in what dialect, where the client's own was refused
         self._no_prefill: set[LiveUpstream] = set()  # refused to go on with a trailing assistant turn
         # A request that does not stream is streamed upstream all the same, so that the same watchdogs guard it.
         self._collector = None if head.stream or not head.streamable else Collector()
@@ -221,6 +224,7 @@ class Exchange:
 
     def _prepare(self, ticket: Ticket) -> None:
         live = ticket.live
+        ticket.spoken = self._spoken.get(live, "")
         if ticket.face.dialect is self._arrival.dialect:
             ticket.headers = self._passed_on
         if self._has_failed(live, TIMEOUT_CODES) and live not in self._patient:
@@ -355,7 +359,7 @@ class Exchange:
 
     def _prefills(self, live: LiveUpstream) -> bool:
         """Not after somebody said nothing: asked in words, a model can say that nothing was missing."""
-        able = live.face(self._arrival.dialect.name).prefills and live not in self._no_prefill
+        able = self._face(live).prefills and live not in self._no_prefill
         return able and not self._added_nothing()
 
     def _body(self, ticket: Ticket) -> bytes:
@@ -368,9 +372,12 @@ class Exchange:
         recall = partial(self._pool.memory.recall, self._asked.conversation)
         return face.dialect.patch_request(body, self._asked, face.upstream, recall)
 
+    def _face(self, live: LiveUpstream) -> Face:
+        return live.face(self._spoken.get(live, self._arrival.dialect.name))
+
     def _translates(self, live: LiveUpstream) -> bool:
         """Write the request in the upstream's dialect; False if it asks for what cannot be said there."""
-        arrival, face = self._arrival, live.face(self._arrival.dialect.name)
+        arrival, face = self._arrival, self._face(live)
         if face.dialect.name in self._bodies:
             return True
         try:
@@ -380,10 +387,13 @@ class Exchange:
             self._unfit.add(live)
             return False
         self._bodies[face.dialect.name] = face.dialect.encode_request(request)
-        for feature in request.dropped:
-            self._telemetry.dropped_features.labels(arrival.dialect.name, face.dialect.name, feature).inc()
-            self.record.dropped.append(feature)
+        self._note_dropped(arrival.dialect, face.dialect, (*request.dropped, *face.dialect.unsaid(request)))
         return True
+
+    def _note_dropped(self, told: Dialect, heard: Dialect, features: Iterable[str]) -> None:
+        for feature in features:
+            self._telemetry.dropped_features.labels(told.name, heard.name, feature).inc()
+            self.record.dropped.append(feature)
 
     def _settle(self, ticket: Ticket, attempt: Attempt, failure: Failure | None, asked: Head) -> None:
         ticket.longest_gap_s = attempt.longest_gap_s
@@ -451,6 +461,10 @@ class Exchange:
             self._tried.add(live)
         elif ticket.continuation:
             self._no_prefill.add(live)  # it may still take the unchanged request, or one that asks in words
+        elif failure.code in _OF_THE_FACE and live not in self._spoken and len(live.faces) > 1:
+            # Newer wire APIs of a vendor tend to lack what its older ones have had for long.
+            names = (live.upstream.dialect, *live.faces)
+            self._spoken[live] = next(name for name in names if name != ticket.face.dialect.name)
         else:
             self._unfit.add(live)
             if failure.code in _VAGUE:
@@ -464,6 +478,8 @@ class Exchange:
             self.downstream.describe({"x-routerd-cost-usd": f"{cost_usd:.8f}"})
             await self.downstream.send_body(self._answer(attempt))
         self.record.outcome = Outcome.SUCCESS
+        if attempt.unsaid and (self._collector is not None or not self.downstream.raw):
+            self._note_dropped(attempt.ticket.face.dialect, self._arrival.dialect, sorted(attempt.unsaid))
         await attempt.close(whole=True)
 
     def _answer(self, attempt: Attempt) -> bytes:
@@ -471,7 +487,9 @@ class Exchange:
         if self._collector is None:
             return self._translated(attempt)
         start = attempt.gate.start or Start(self._arrival.id, attempt.ticket.live.upstream.model)
-        stamp = Stamp(start.id, start.model, int(time.time()), include_usage=True, asked=self._arrival.body)
+        # An id is good only where its server's own bytes may pass: another one's may be nothing but a small number.
+        identity = start.id if attempt.ticket.face.dialect is self._arrival.dialect else self._arrival.id
+        stamp = Stamp(identity, start.model, int(time.time()), include_usage=True, asked=self._arrival.body)
         return self._arrival.dialect.encode_body(self._collector.events, stamp)
 
     def _translated(self, attempt: Attempt) -> bytes:

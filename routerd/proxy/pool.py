@@ -83,6 +83,7 @@ class Ticket(msgspec.Struct):
     conversation: int = 0
     exchange: str = ""
     dialect: str = ""  # the client's
+    spoken: str = ""  # the one to be used with the upstream, if it is not the one it has for the client's
     headers: Mapping[str, str] = {}  # of the client's that are passed on
     reports: tuple[LimitReport, ...] = ()
     record: AttemptRecord | None = None  # once it is settled
@@ -93,7 +94,7 @@ class Ticket(msgspec.Struct):
     @property
     def face(self) -> Face:
         """The upstream as this request reaches it."""
-        return self.live.face(self.dialect)
+        return self.live.face(self.spoken or self.dialect)
 
     @property
     def target(self) -> Target:
@@ -197,9 +198,7 @@ class Pool:
             groups.setdefault((upstream.provider, upstream.wire_model), []).append(self._live[upstream])
         return tuple(tuple(group) for group in groups.values())
 
-    async def wait(
-        self, route: LiveRoute, rank: float, wait_s: float, reason: str, claim: Head | None = None
-    ) -> None:
+    async def wait(self, route: LiveRoute, rank: float, wait_s: float, reason: str, claim: Head | None = None) -> None:
         """Hold a request until it is worth planning again."""
         self._waiting[route.name] = route
         try:

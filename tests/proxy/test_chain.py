@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from tests.messages_fake import mixed_config
+from tests.proxy import wire
 from tests.proxy.wire import Heard, RawUpstream, Talk, hear
 from tests.responses_fake import RESPONSES, ResponsesUpstream
 from tests.rig import Daemon, daemon
@@ -104,6 +105,35 @@ async def test_a_server_that_uses_one_id_for_all(tmp_path: Path) -> None:
     places = [sent.find(text) for text in told]
     assert -1 not in places
     assert places == sorted(places)
+
+
+async def test_a_server_that_uses_one_id_in_two_conversations(tmp_path: Path) -> None:
+    """Neither client is given the other's: both are told to send theirs."""
+    streams = [answer("resp_0", text_item(f"Answer {number}.")) for number in (1, 2)]
+    async with saying(*streams) as upstream, over(upstream, tmp_path) as served:
+        await ask(served, stream=True)
+        await ask(served, stream=True, input="Something else?")
+        heard = await ask(served, stream=True, input="Go on.", previous_response_id="resp_0")
+
+    assert heard.status == 400
+    assert heard.json["error"]["code"] == "previous_response_not_found"
+    assert len(upstream.talks) == 2
+
+
+async def test_answers_written_anew_have_ids_of_their_own(tmp_path: Path) -> None:
+    """Chat servers exist that count theirs: what is kept under such an id could be anybody's."""
+    chunks = [wire.event({"role": "assistant", "content": "Hi."}), wire.event({}, "stop"), wire.DONE]
+
+    async def play(talk: Talk) -> None:
+        await talk.stream(chunks)
+
+    async with (
+        RawUpstream(play) as upstream,
+        daemon(mixed_config({"one": ("chat", upstream.base_url)}), tmp_path) as served,
+    ):
+        ids = {id_of(await ask(served, stream=stream)) for stream in (True, False, True, False)}
+
+    assert len(ids) == 4
 
 
 async def test_the_whole_is_measured(tmp_path: Path) -> None:

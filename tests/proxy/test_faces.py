@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from routerd.canonical import Message, Request, Text
 from routerd.config import load
 from routerd.dialects import DIALECTS
 from routerd.proxy.live import LiveUpstream
 from routerd.proxy.pool import Pool
+from routerd.proxy.simulated import TEXT
 from routerd.state import open_store
 from routerd.telemetry import Telemetry
-from tests.rig import KEY
+from tests.fakes import Upstreams
+from tests.proxy.wire import hear
+from tests.rig import KEY, config_text, daemon
 
 VERSION = "anthropic-version: 2023-06-01"
 BEARER = f"Authorization: Bearer {KEY}"
@@ -67,3 +72,22 @@ def test_prefix_marks_are_chats_own(tmp_path: Path) -> None:
 
     assert live.face("chat").prefills
     assert all(not live.face(name).prefills for name in DIALECTS if name != "chat" and name in live.faces)
+
+
+@pytest.mark.parametrize(("client", "stream"), [(name, stream) for name in DIALECTS for stream in (True, False)])
+async def test_a_face_that_is_refused_is_exchanged(
+    client: str, stream: bool, upstreams: Upstreams, tmp_path: Path
+) -> None:
+    """Who claims to speak a dialect and does not know the path, or the request's fields, is asked in another one."""
+    server = await upstreams()  # knows chat alone
+    text = config_text({"a": server}).replace('dialect = "chat"', f"dialect = {json.dumps(sorted(DIALECTS))}")
+    request = Request("auto", stream=stream, messages=(Message("user", (Text("Hello."),)),), max_output_tokens=100)
+    dialect = DIALECTS[client]
+    async with daemon(text, tmp_path) as served:
+        heard = await hear(served.url, dialect.encode_request(request), path=dialect.paths[0])
+
+        assert heard.status == 200
+        assert TEXT.split()[0].encode() in heard.data
+        assert not heard.torn
+        assert [one["outcome"] for one in served.exchanges[0]["attempts"]][-1] == "success"
+        assert len(served.exchanges[0]["attempts"]) == (1 if client == "chat" else 2)
