@@ -79,6 +79,7 @@ _REPEATED: Final = frozenset(
         "max_tool_calls",
         "metadata",
         "parallel_tool_calls",
+        "previous_response_id",
         "prompt_cache_key",
         "reasoning",
         "safety_identifier",

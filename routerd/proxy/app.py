@@ -180,7 +180,8 @@ class App:
         route = self.pool.route(head.model)
         if route is None:
             raise BadRequest(self._unknown_model(head.model), status=404, code="model_not_found")
-        return Arrival(request, dialect, body, head, route, next(self._ids), arrived, link)
+        asked = b"" if dialect.chaining is None else await self._read(request)  # again, out of memory
+        return Arrival(request, dialect, body, head, route, next(self._ids), arrived, link, asked)
 
     async def _read_whole(self, request: web.Request, dialect: Dialect) -> tuple[bytes, Head, Link | None]:
         """The request with all of its conversation, whether the client sent that or named it."""

@@ -55,7 +55,10 @@ _MISFITS = frozenset({Code.UNSUPPORTED_FEATURE, Code.MODERATION})  # no later tr
 
 
 class Arrival(msgspec.Struct):
-    """What the app hands over: a request understood, and when it came."""
+    """What the app hands over: a request understood, and when it came. ``body`` has all of the conversation.
+
+    ``asked`` is what the client sent instead, where it named the earlier part.
+    """
 
     request: web.Request
     dialect: Dialect
@@ -65,6 +68,12 @@ class Arrival(msgspec.Struct):
     id: str
     at: float  # monotonic
     link: Link | None = None
+    asked: bytes = b""
+
+    @property
+    def sent(self) -> bytes:
+        """The request as the client sent it."""
+        return self.asked or self.body
 
 
 class Exchange:
@@ -104,7 +113,7 @@ class Exchange:
         # A request that does not stream is streamed upstream all the same, so that the same watchdogs guard it.
         self._collector = None if head.stream or not head.streamable else Collector()
         self._asked = msgspec.structs.replace(head, stream=True) if self._collector is not None else head
-        stamp = Stamp(arrival.id, head.model, int(time.time()), head.include_usage, arrival.body)
+        stamp = Stamp(arrival.id, head.model, int(time.time()), head.include_usage, arrival.sent)
         self.downstream = Downstream(
             arrival.request,
             arrival.dialect,
@@ -489,7 +498,7 @@ class Exchange:
         start = attempt.gate.start or Start(self._arrival.id, attempt.ticket.live.upstream.model)
         # An id is good only where its server's own bytes may pass: another one's may be nothing but a small number.
         identity = start.id if attempt.ticket.face.dialect is self._arrival.dialect else self._arrival.id
-        stamp = Stamp(identity, start.model, int(time.time()), include_usage=True, asked=self._arrival.body)
+        stamp = Stamp(identity, start.model, int(time.time()), include_usage=True, asked=self._arrival.sent)
         return self._arrival.dialect.encode_body(self._collector.events, stamp)
 
     def _translated(self, attempt: Attempt) -> bytes:
@@ -497,7 +506,7 @@ class Exchange:
         dialect, wanted = attempt.ticket.face.dialect, self._arrival.dialect
         if dialect is wanted:
             return attempt.answer
-        model, asked = attempt.ticket.live.upstream.model, self._arrival.body
+        model, asked = attempt.ticket.live.upstream.model, self._arrival.sent
         stamp = Stamp(self._arrival.id, model, int(time.time()), include_usage=True, asked=asked)
         return wanted.encode_body(dialect.decode_body(attempt.answer), stamp)
 
