@@ -24,13 +24,22 @@ How
 * The TLS figures compare two ways to the same upstream, both through an nginx beside it: one ends TLS there, one does
   not. So the hop is in both and cancels; connections to it are kept and reused.
 * Planning is timed inside this process, by calling the planner itself, in CPU time.
+* Translated streams: the upstream plays the dialect that the path names, and routerd is asked in each for each. The
+  rate is that of 16 streams that come as fast as they are read, in large reads; the added time to the first event is
+  that of one short stream after the other, minus the same stream from the upstream directly, in its own dialect.
+* What recovery costs a healthy stream: the same daemon is run twice, once as it is and once with stand-ins for the gate
+  and the transcript that hold, check and remember nothing (``bare.py``); both get the same streams in turns, with 20
+  tools on offer. CPU is per event, in percent of the bare one's. As fast as they are read, an event takes so little of
+  anything that this is the dearest recovery can look; at an agent's pace it drowns in the cost of the wake-ups. What
+  the same code takes by itself is timed in this process as well, and how many texts were held back is counted.
 * What other programs took of the machine meanwhile is printed with the table: it says how far to trust the rest.
 
 What it does not measure
 ------------------------
-Networks, slow clients, faults and recovery; kernel memory of sockets; several cores or machines; anything over minutes.
-Loopback makes the sender pay for the receiver's network stack. ``direct`` never leaves its core, while every proxy is
-charged two wake-ups of another one. From 16 connections on nginx is held back by the load generator: read its CPU. For
-the others the loop is saturated: read the rate, not the latency. PSS shares the pages of the Python binary with
-whatever else runs it, this program included (2 to 3 MB). On a virtual machine differences below 20 % are noise.
+Networks, slow clients, faults and what recovery takes when there are some; kernel memory of sockets; several cores or
+machines; anything over minutes. Loopback makes the sender pay for the receiver's network stack. ``direct`` never leaves
+its core, while every proxy is charged two wake-ups of another one. From 16 connections on nginx is held back by the
+load generator: read its CPU. For the others the loop is saturated: read the rate, not the latency. PSS shares the pages
+of the Python binary with whatever else runs it, this program included (2 to 3 MB). On a virtual machine differences
+below 20 % are noise.
 """

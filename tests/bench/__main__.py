@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests import bench
-from tests.bench import instruments, machine, planning, scenarios
+from tests.bench import instruments, machine, planning, relaying, scenarios
 from tests.bench.front import Upstream
 from tests.bench.report import OURS, Report
 from tests.bench.rounds import FULL, QUICK, Pace, Rounds
@@ -20,7 +20,8 @@ from tests.bench.targets import Direct, Given, LiteLLM, Nginx, Routerd, Target
 
 TARGETS: dict[str, Target] = {target.name: target for target in (Direct(), Nginx(), Routerd(), LiteLLM())}
 SLOW_TARGETS = {"litellm"}
-PLAN = "plan"
+PLAN, RELAY = "plan", "relay"
+TIMED_HERE = {PLAN: planning.measure, RELAY: relaying.measure}
 NOT_ASKED = "not asked for"
 TOLERABLE_PERCENT = 15
 INTERRUPTED = 130  # as a shell says it
@@ -49,8 +50,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m tests.bench", description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="about a minute and a half: shorter, fewer rounds, without LiteLLM")
-    add("--only", type=among([*names, PLAN]), default=set(), metavar="A,B", help=f"some of {', '.join([*names, PLAN])}")
+    add("--quick", action="store_true", help="about two minutes: shorter, fewer rounds, without LiteLLM")
+    known = [*names, *TIMED_HERE]
+    add("--only", type=among(known), default=set(), metavar="A,B", help=f"some of {', '.join(known)}")
     add("--targets", type=among([*TARGETS]), default=set(), metavar="A,B", help=f"some of {', '.join(TARGETS)}")
     add("--target", type=given, action="append", default=[], metavar="NAME=URL[,model=M][,token=T]",
         help="also measure this running server; its upstream must be http://127.0.0.1:UPSTREAM_PORT/v1")  # fmt: skip
@@ -79,7 +81,8 @@ def given(text: str) -> Given:
 
 
 def every_scenario(pace: Pace, most_streams: int) -> list[Scenario]:
-    return [scenarios.COLD, *scenarios.streams(pace.open_s, most_streams), *scenarios.steady(pace.seconds)]
+    steady = [*scenarios.steady(pace.seconds), *scenarios.crossing(pace.seconds), *scenarios.recovery(pace.seconds)]
+    return [scenarios.COLD, *scenarios.streams(pace.open_s, most_streams), *steady]
 
 
 def measure(options: argparse.Namespace, directory: Path) -> Report:
@@ -94,8 +97,9 @@ def measure(options: argparse.Namespace, directory: Path) -> Report:
     with tools.upstream(options.upstream_port) as port:
         rounds = Rounds(tools, cores, pace, Upstream("127.0.0.1", port), targets, skipped=skipped)
         rounds.run(chosen)
-    if PLAN in (options.only or {PLAN}):
-        rounds.samples.update(planning.measure())
+    for name, timed in TIMED_HERE.items():
+        if name in (options.only or TIMED_HERE):
+            rounds.samples.update(timed())
     versions = {one.name: one.version() for one in targets}
     place = describe(cores, most_streams, others.percent())
     return Report(place, versions, dataclasses.asdict(pace), rounds.samples, skipped)

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tests.bench.scenarios import Figures
+from tests.bench.relaying import EVENTS, READS
+from tests.bench.scenarios import RECOVERY, Figures
+from tests.bench.targets import CHAT, SPOKEN
 
 DIRECT = "direct"
 FLAT = 1.5  # times the figure at the smallest size that still counts as not growing
@@ -96,6 +98,43 @@ def through_front(way: str, title: str) -> list[Row]:
     ]
 
 
+def crossing(down: str, up: str) -> list[Row]:
+    """Streams that come in one dialect and leave in another; beside them those that leave as they came."""
+    title = f"{up} upstream, {down} client" if down != up else f"{up}, as it comes"
+    goal = at_least(25_000) if down != up else None
+    fast = f"fast_{down}_{up}" if (down, up) != (CHAT, CHAT) else "coalesced"
+    added_ms = f"{title}: added to the first event p50, ms"
+    return [
+        Row(f"{title}: events per CPU-second", fast, "events_per_cpu_s", goal),
+        Row(added_ms, f"first_{down}_{up}", "first_p50_ms", over=f"first_{up}_{up}"),
+    ]
+
+
+def recovering() -> list[Row]:
+    """What recovery costs a stream that needs none."""
+    title = "recovery, healthy streams"
+    relayed = [(name, reads) for name in SPOKEN for reads in READS]
+    return [
+        Row(f"{title}, 16 fast: CPU added, %", RECOVERY, "fast_percent", at_most(5)),
+        Row(f"{title}, 60 slow: CPU added, %", RECOVERY, "slow_percent", at_most(5)),
+        Row(f"{title}, 60 slow: transit p50 added, ms", RECOVERY, "late_ms", at_most(0.05)),
+        Row("20 tools offered, 16 fast streams: CPU added, %", RECOVERY, "tools_percent"),
+        *(
+            Row(f"recovery, {name}, {READS[reads]} a read: own µs per event", f"relay_{name}_{reads}", "us")
+            for name, reads in relayed
+        ),
+        *(
+            Row(
+                f"recovery, {name}, {READS[reads]} a read: of {EVENTS} texts held",
+                f"relay_{name}_{reads}",
+                "held",
+                at_most(0),
+            )
+            for name, reads in relayed
+        ),
+    ]
+
+
 ROWS = [
     added("1 connection", "c1", at_most(0.35)),
     added("1 connection", "c1", at_most(0.8), part="p99"),
@@ -106,6 +145,8 @@ ROWS = [
     *slow_streams("events_5000", "5,000 slow streams", None, None),
     Row("16 fast streams, 16 events a write: events per CPU-second", "coalesced", "events_per_cpu_s", at_least(80_000)),
     Row("16 fast streams, 16 events a write: events/s", "coalesced", "events_per_s"),
+    *(row for down in SPOKEN for up in SPOKEN for row in crossing(down, up)),
+    *recovering(),
     added("100 kB body", "body_100k"),
     added("1 MB body", "body_1m", at_most(3)),
     *through_front("hop", "plain upstream"),

@@ -16,8 +16,6 @@ from tests.bench import machine
 SOURCES = Path(__file__).parent
 PROGRAMS = ("upstream", "load")
 COMPILERS = ("cc", "gcc", "clang")
-MARK_OF_STREAM = "[DONE]"
-MARK_OF_ANSWER = "The end."
 GRACE_S = 20.0  # beyond its own deadline the load generator is taken for broken
 
 
@@ -79,9 +77,11 @@ class Instruments:
             if process.stdout:
                 process.stdout.close()
 
-    def start_load(self, target: Sequence[str], shape: Shape, events: int | None) -> subprocess.Popen[bytes]:
-        """Start one run; ``target`` says where to and what (-p -u -b -H), ``events`` how many make a whole stream."""
-        expected = ["-m", MARK_OF_ANSWER] if events is None else ["-m", MARK_OF_STREAM, "-s", str(events)]
+    def start_load(self, target: Sequence[str], shape: Shape, mark: str, events: int | None) -> subprocess.Popen[bytes]:
+        """Start one run. ``target`` says where to and what (-p -u -b -H), ``mark`` what is in every whole answer,
+        ``events`` how many make a whole stream.
+        """
+        expected = ["-m", mark, *([] if events is None else ["-s", str(events)])]
         command = [str(self.directory / "load"), *target, *shape.options(), *expected]
         with machine.on_core(self.core):
             return subprocess.Popen(command, stdout=subprocess.PIPE)

@@ -8,7 +8,8 @@
  *
  * An answer counts only if it is right: status 200, whole (length or last chunk), MARK seen in it, and, with -s, exactly
  * EVENTS time stamps in it. A stamp is `@` + 16 digits + `@`: microseconds of CLOCK_MONOTONIC at which the upstream wrote
- * the event. Upstream and load run on one machine, hence on one clock, so `now - stamp` is the event's way through.
+ * the event. Upstream and load run on one machine, hence on one clock, so `now - stamp` is the event's way through. The
+ * stamps of a stream increase; one that does not belongs to a text said again at the end, and does not count.
  *
  * With -r each connection starts at a random moment of the ramp (drawn from a fixed seed: the same for every server).
  * At the deadline whatever is open is an error, and a stream that has not seen its first event enters the first-event
@@ -71,7 +72,7 @@ typedef struct {
     uint64_t begun_us, first_us; /* first_us: first stamp seen, 0 for none */
     long events;
     int stamp_digits;            /* -1: no stamp begun */
-    uint64_t stamp;
+    uint64_t stamp, last_stamp;
     size_t mark_seen;            /* length of the matching prefix; mark_length when it has been seen whole */
     char head[HEAD_BYTES];
 } connection;
@@ -167,6 +168,7 @@ static void begin(connection *c) {
     c->begun_us = now_us();
     c->first_us = c->sent = c->head_length = c->mark_seen = 0;
     c->events = 0;
+    c->last_stamp = 0;
     c->status = c->closes = 0;
     c->stamp_digits = -1;
     seen.begun++;
@@ -180,6 +182,8 @@ static void begin(connection *c) {
 }
 
 static void count_event(connection *c, uint64_t now) {
+    if (c->stamp <= c->last_stamp) return;
+    c->last_stamp = c->stamp;
     if (!c->first_us) {
         c->first_us = now;
         series_add(&seen.first_ms, (double)(now - c->begun_us) / 1e3);

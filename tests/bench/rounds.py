@@ -14,9 +14,10 @@ from tests.bench.figures import DIRECT
 from tests.bench.front import Upstream
 from tests.bench.instruments import Instruments, Unavailable
 from tests.bench.machine import Cores
-from tests.bench.scenarios import COLD, Figures, Scenario, Way
+from tests.bench.report import OURS
+from tests.bench.scenarios import COLD, RECOVERY, Figures, Scenario, Way
 from tests.bench.server import Server
-from tests.bench.targets import Target
+from tests.bench.targets import BARE, Target
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Rounds:
     def run(self, chosen: Sequence[Scenario]) -> None:
         """Fresh servers first, one at a time and with nothing else up; then those that stay."""
         self._run_fresh([scenario for scenario in chosen if scenario.fresh])
-        self._run_steady([scenario for scenario in chosen if scenario.way == "plain" and not scenario.fresh])
+        self._run_steady([one for one in chosen if one.way == "plain" and not one.fresh and not one.of])
+        self._run_paired([one for one in chosen if one.of])
         self._run_through_front([scenario for scenario in chosen if scenario.way != "plain"])
 
     # --- fresh servers ----------------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ class Rounds:
         for scenario in chosen:
             rounds = self.pace.cold_rounds if scenario is COLD else self.pace.fresh_rounds
             for turn in range(rounds):
-                for target in self._in_turn(turn):
+                for target in self._in_turn(turn, self.targets):
                     self._measure_fresh(turn, target, scenario)
 
     def _measure_fresh(self, turn: int, target: Target, scenario: Scenario) -> None:
@@ -81,6 +83,13 @@ class Rounds:
         if chosen:
             self._run_ways(chosen, {"plain": self.upstream}, self.targets)
 
+    def _run_paired(self, chosen: Sequence[Scenario]) -> None:
+        """Our daemon and the same without its recovery, and nobody else. The difference is what is noted."""
+        ours = [target for target in self.targets if target.name == OURS]
+        if chosen and ours:
+            self._run_ways(chosen, {"plain": self.upstream}, [*ours, BARE])
+            self.samples[RECOVERY][OURS] = scenarios.recovery_figures(self.samples)
+
     def _run_through_front(self, chosen: Sequence[Scenario]) -> None:
         if not chosen:
             return
@@ -97,8 +106,9 @@ class Rounds:
             servers = {(target.name, way): self._start(stack, target, ways[way]) for target in targets for way in ways}
             for turn in range(self.pace.rounds):
                 for scenario in chosen:
-                    for target in self._in_turn(turn):
-                        self._measure_steady(turn, scenario, servers.get((target.name, scenario.way)))
+                    for target in self._in_turn(turn, targets):
+                        if target.takes(scenario.body):
+                            self._measure_steady(turn, scenario, servers.get((target.name, scenario.way)))
 
     def _start(self, stack: contextlib.ExitStack, target: Target, upstream: Upstream) -> Server | None:
         """A warm server, or None: it does not start, or (direct) has nobody to speak TLS for it."""
@@ -118,9 +128,9 @@ class Rounds:
 
     # --- both -------------------------------------------------------------------------------------------------------
 
-    def _in_turn(self, turn: int) -> list[Target]:
+    def _in_turn(self, turn: int, targets: Sequence[Target]) -> list[Target]:
         """Everybody still in, beginning with another one each round."""
-        here = [target for target in self.targets if target.name not in self.skipped]
+        here = [target for target in targets if target.name not in self.skipped]
         first = turn % max(1, len(here))
         return here[first:] + here[:first]
 

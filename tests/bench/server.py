@@ -39,8 +39,8 @@ class Server:
         """Where to and what to send, as the load generator's options."""
         file = self.directory / f"{body.name}.json"
         if not file.exists():
-            file.write_bytes(body.encode(self.launch.model))
-        options = ["-p", str(self.launch.port), "-u", self.launch.path, "-b", str(file)]
+            file.write_bytes(body.encode(self.launch.model(body)))
+        options = ["-p", str(self.launch.port), "-u", self.launch.path(body), "-b", str(file)]
         for header in self.launch.headers:
             options += ["-H", header]
         return options
@@ -76,7 +76,7 @@ def running(target: Target, upstream: Upstream, core: int) -> Iterator[Server]:
 
 def wait_for_answer(target: Target, launch: Launch, process: subprocess.Popen[bytes], directory: Path) -> None:
     """Ask again and again until the first 200."""
-    body = SMALL.encode(launch.model)
+    body = SMALL.encode(launch.model(SMALL))
     deadline = time.monotonic() + FIRST_ANSWER_S
     problem = "does not listen"
     while time.monotonic() < deadline and process.poll() is None:
@@ -102,7 +102,7 @@ def ask(launch: Launch, body: bytes) -> int:
     connection = http.client.HTTPConnection("127.0.0.1", launch.port, timeout=ONE_ANSWER_S)
     with contextlib.closing(connection):
         headers = dict(header.split(": ", 1) for header in launch.headers)
-        connection.request("POST", launch.path, body, {"Content-Type": "application/json", **headers})
+        connection.request("POST", launch.path(SMALL), body, {"Content-Type": "application/json", **headers})
         answer = connection.getresponse()
         answer.read()
         return answer.status

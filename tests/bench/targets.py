@@ -15,10 +15,14 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 import routerd
+from routerd.dialects import DIALECTS
+from tests.bench.bodies import FORMS, Body
 from tests.bench.front import Upstream
 
 MODEL = "mock"
-PATH = "/v1/chat/completions"
+CHAT = "chat"
+SPOKEN = tuple(dialect for dialect in FORMS if dialect in DIALECTS)
+ROOT = "/v1"
 TOKEN = "bench-token"  # of the bench's own servers, on loopback, for as long as it runs
 UNLIMITED = 100_000_000_000
 INSTALL_S = 900
@@ -35,8 +39,16 @@ class Launch:
     command: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     headers: tuple[str, ...] = ()
-    model: str = MODEL
-    path: str = PATH
+    name: str = MODEL
+    root: str = ROOT
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def model(self, body: Body) -> str:
+        """``names``: those of the models whose upstream speaks a certain dialect, where they differ."""
+        return self.names.get(body.served_in, self.name)
+
+    def path(self, body: Body) -> str:
+        return self.root + FORMS[body.dialect].path
 
 
 class Target(Protocol):
@@ -53,6 +65,10 @@ class Target(Protocol):
     @property
     def max_streams(self) -> int:
         """More open streams than this are not asked of it."""
+        ...
+
+    def takes(self, body: Body) -> bool:
+        """Whether it passes such a request on to such an upstream."""
         ...
 
     def why_not(self) -> str:
@@ -73,6 +89,9 @@ class Direct:
     name: str = "direct"
     startable: bool = False
     max_streams: int = sys.maxsize
+
+    def takes(self, body: Body) -> bool:
+        return body.dialect == body.served_in
 
     def why_not(self) -> str:
         return ""
@@ -105,6 +124,9 @@ class Given:
             raise ValueError(f"{text!r} is not NAME=http://127.0.0.1:PORT/v1[,model=M][,token=T]")
         return cls(name, url, chosen.get("model", MODEL), chosen.get("token", ""))
 
+    def takes(self, body: Body) -> bool:
+        return body.dialect == body.served_in == CHAT
+
     def why_not(self) -> str:
         return ""
 
@@ -114,9 +136,7 @@ class Given:
     def launch(self, upstream: Upstream, port: int, directory: Path) -> Launch:
         parts = urlsplit(self.url)
         headers = (f"Authorization: Bearer {self.token}",) if self.token else ()
-        return Launch(
-            parts.port or 80, headers=headers, model=self.model, path=parts.path.rstrip("/") + "/chat/completions"
-        )
+        return Launch(parts.port or 80, headers=headers, name=self.model, root=parts.path.rstrip("/"))
 
 
 NGINX_CONFIG = """
@@ -144,6 +164,9 @@ class Nginx:
     name: str = "nginx"
     startable: bool = True
     max_streams: int = sys.maxsize
+
+    def takes(self, body: Body) -> bool:
+        return body.dialect == body.served_in
 
     def why_not(self) -> str:
         return "" if shutil.which("nginx") else "nginx is not installed (apt-get install nginx-light)"
@@ -183,6 +206,15 @@ limits = [ {{ requests = {unlimited}, per = "minute" }}, {{ tokens = {unlimited}
 [providers.bench.models]
 "{model}" = {{ id = "mock", context = 1_048_576, max_output = 131_072, input = 0.4, output = 0.8, cached = 0.1 }}
 """
+# One more for each other dialect there is.
+ROUTERD_PROVIDER = """
+[providers.bench-{dialect}]
+base_url = "{url}/v1"
+dialect = "{dialect}"
+api_key = "${{BENCH_TOKEN}}"
+[providers.bench-{dialect}.models]
+"{model}" = {{ id = "mock", context = 1_048_576, max_output = 131_072, input = 0.4, output = 0.8, cached = 0.1 }}
+"""
 
 
 @dataclass(frozen=True)
@@ -192,6 +224,10 @@ class Routerd:
     name: str = "routerd"
     startable: bool = True
     max_streams: int = sys.maxsize
+    module: str = "routerd"
+
+    def takes(self, body: Body) -> bool:
+        return {body.dialect, body.served_in} <= set(SPOKEN)
 
     def why_not(self) -> str:
         return "" if importlib.util.find_spec("routerd.__main__") else "this checkout has no routerd to serve"
@@ -201,10 +237,21 @@ class Routerd:
 
     def launch(self, upstream: Upstream, port: int, directory: Path) -> Launch:
         config = directory / "bench.toml"
-        config.write_text(ROUTERD_CONFIG.format(port=port, url=upstream.url, unlimited=UNLIMITED, model=MODEL))
+        names = {dialect: MODEL if dialect == CHAT else f"{MODEL}-{dialect}" for dialect in SPOKEN}
+        main = ROUTERD_CONFIG.format(port=port, url=upstream.url, unlimited=UNLIMITED, model=MODEL)
+        others = [
+            ROUTERD_PROVIDER.format(dialect=dialect, url=upstream.url, model=names[dialect])
+            for dialect in SPOKEN
+            if dialect != CHAT
+        ]
+        config.write_text(main + "".join(others))
         env = {"BENCH_TOKEN": TOKEN, "STATE_DIRECTORY": str(directory), "PYTHONPATH": str(CHECKOUT)} | trust(upstream)
-        command = (sys.executable, "-m", "routerd", "serve", "--config", str(config), "--listen", f"127.0.0.1:{port}")
-        return Launch(port, command, env, AUTHORIZED)
+        address = f"127.0.0.1:{port}"
+        command = (sys.executable, "-m", self.module, "serve", "--config", str(config), "--listen", address)
+        return Launch(port, command, env, AUTHORIZED, names=names)
+
+
+BARE = Routerd("bare", module="tests.bench.bare")
 
 
 LITELLM_CONFIG = """
@@ -224,6 +271,9 @@ class LiteLLM:
     name: str = "litellm"
     startable: bool = True
     max_streams: int = 500  # there its first event takes half a minute; 5,000 would only fill the memory
+
+    def takes(self, body: Body) -> bool:
+        return body.dialect == body.served_in == CHAT
 
     @property
     def program(self) -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import itertools
 import json
 import subprocess
 import sys
@@ -11,13 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import front, instruments, machine, scenarios, server
-from tests.bench.bodies import Body
-from tests.bench.figures import Row, Samples, at_least, at_most
+from routerd.canonical import End, Finish, TextDelta
+from routerd.dialects import DIALECTS
+from tests.bench import front, instruments, machine, relaying, scenarios, server
+from tests.bench.bodies import FORMS, Body
+from tests.bench.figures import Row, Samples, at_least, at_most, crossing, recovering
 from tests.bench.front import Upstream
 from tests.bench.instruments import Instruments, Result, Shape
 from tests.bench.report import Report, shown
-from tests.bench.targets import Direct, Given, Nginx, Target
+from tests.bench.rounds import Pace, Rounds
+from tests.bench.targets import SPOKEN, Direct, Given, Nginx, Routerd, Target
 
 CORE = machine.pick_cores().load
 
@@ -39,7 +45,7 @@ def upstream(tools: Instruments) -> Iterator[Upstream]:
 def load(tools: Instruments, upstream: Upstream, body: Body, shape: Shape, expected: int | None = None) -> Result:
     with server.running(Direct(), upstream, CORE) as direct:
         events = (expected or body.events) if body.stream else None
-        return instruments.finish_load(tools.start_load(direct.address(body), shape, events), shape)
+        return instruments.finish_load(tools.start_load(direct.address(body), shape, body.mark, events), shape)
 
 
 # --- instruments ----------------------------------------------------------------------------------------------------
@@ -100,6 +106,30 @@ def test_nobody_there_is_an_error(tools: Instruments) -> None:
     assert (result.ok, result.errors) == (0, 2)
 
 
+@pytest.mark.parametrize("dialect", SPOKEN)
+def test_every_dialect_is_played(dialect: str, tools: Instruments, upstream: Upstream) -> None:
+    """The upstream answers in the dialect of the path; what repeats the text at the end counts once."""
+    result = load(tools, upstream, Body("any", stream=True, events=40, burst=7, dialect=dialect), Shape(2, ramp_ms=1))
+
+    assert (result.ok, result.errors, result.events) == (2, 0, 80)
+
+
+@pytest.mark.parametrize("dialect", SPOKEN)
+def test_what_is_played_is_a_healthy_stream(dialect: str, tools: Instruments, upstream: Upstream) -> None:
+    """Our own decoder finds each text once, a reason to end and the terminal marker."""
+    body = Body("any", stream=True, events=5, dialect=dialect)
+    connection = http.client.HTTPConnection("127.0.0.1", upstream.port)
+    connection.request("POST", "/v1" + FORMS[dialect].path, body.encode("mock"))
+    decoder = DIALECTS[dialect].decoder()
+
+    with contextlib.closing(connection):
+        frames = decoder.feed(connection.getresponse().read()) + decoder.close()
+
+    kinds = [type(event) for frame in frames for event in frame.events]
+    assert kinds.count(TextDelta) == body.events
+    assert kinds.count(Finish) == kinds.count(End) == 1
+
+
 @pytest.mark.parametrize("extra_bytes", [0, 100_000])
 def test_bodies_are_what_they_say(extra_bytes: int) -> None:
     """A body is JSON of about its size, and carries the behaviour wanted of the upstream."""
@@ -149,6 +179,35 @@ def test_a_proxy_is_measured_through_either_side_of_the_front(
     assert figures["cpu_us_per_request"] > 0
 
 
+# --- the daemon -------------------------------------------------------------------------------------------------------
+
+
+def test_translated_streams_and_recovery_are_measured(tools: Instruments, upstream: Upstream) -> None:
+    """In the shortest form: streams between each two dialects come whole, and recovery is compared with none."""
+    shortest = Pace(rounds=1, fresh_rounds=1, cold_rounds=1, seconds=0.1, open_s=0.1, warm_s=0.02)
+    rounds = Rounds(tools, machine.pick_cores(), shortest, upstream, [Direct(), Routerd()])
+    steady = [one for one in scenarios.steady(shortest.seconds) if one.name == "coalesced"]
+    rounds.run([*steady, *scenarios.crossing(shortest.seconds), *scenarios.recovery(shortest.seconds)])
+    report = Report("here", {"direct": "", "routerd": ""}, {}, rounds.samples, rounds.skipped)
+    shown_rows = {row.title for row in report.rows()}
+
+    assert rounds.skipped == {}
+    assert {figures["errors"] for by in rounds.samples.values() for each in by.values() for figures in each
+            if "errors" in figures} == {0.0}  # fmt: skip
+    for down, up in itertools.product(SPOKEN, repeat=2):
+        assert {row.title for row in crossing(down, up)} <= shown_rows
+    assert {row.title for row in recovering() if row.scenario == scenarios.RECOVERY} <= shown_rows
+
+
+def test_recovery_holds_no_text() -> None:
+    """What comes of a healthy text goes on at once; and what recovery does to it is timed."""
+    samples = relaying.measure()
+
+    assert set(samples) >= {"relay_chat_alone", "relay_messages_burst"}
+    assert {figures["held"] for by in samples.values() for each in by.values() for figures in each} == {0.0}
+    assert all(figures["bare_us"] > 0 for by in samples.values() for each in by.values() for figures in each)
+
+
 # --- arithmetic -----------------------------------------------------------------------------------------------------
 
 SAMPLES: Samples = {
@@ -181,6 +240,18 @@ def test_the_report_judges_routerd_only() -> None:
     assert json.loads(report.json())["samples"]["c1"]["nginx"][0] == {"answer_p50_ms": 1.1}
 
 
+def test_what_recovery_adds_is_taken_round_by_round() -> None:
+    """Against the same daemon without it, in the same round; a figure that is missing takes no other with it."""
+    ours = {"cpu_us_per_event": 3.3, "transit_p50_ms": 0.5}
+    bare = {"cpu_us_per_event": 3.0, "transit_p50_ms": 0.4}
+    samples: Samples = {"recovery_slow": {"routerd": [ours, ours], "bare": [bare, ours]}}
+
+    first, second = scenarios.recovery_figures(samples)
+
+    assert first == pytest.approx({"slow_percent": 10.0, "late_ms": 0.1})
+    assert second == pytest.approx({"slow_percent": 0.0, "late_ms": 0.0})
+
+
 def test_goals_are_bounds_from_either_side() -> None:
     assert (at_most(2).met(2), at_most(2).met(3)) == (True, False)
     assert (at_least(2).met(2), at_least(2).met(1)) == (True, False)
@@ -201,7 +272,7 @@ def test_a_given_server_is_parsed_or_refused() -> None:
 
     launch = given.launch(Upstream("127.0.0.1", 1), 0, Path())
 
-    assert (launch.port, launch.path, launch.model) == (9, "/v1/chat/completions", "m")
+    assert (launch.port, launch.path(Body("any")), launch.model(Body("any"))) == (9, "/v1/chat/completions", "m")
     assert launch.headers == ("Authorization: Bearer t",)
     for wrong in ("mine", "mine=http://127.0.0.1/v1", "mine=http://127.0.0.1:9/v1,colour=red"):
         with pytest.raises(ValueError, match=wrong):

@@ -1,4 +1,5 @@
-/* upstream: a very cheap OpenAI-compatible model server (chat completions). One thread, epoll, a heap of due times.
+/* upstream: a very cheap model server. One thread, epoll, a heap of due times. The path says in which dialect it answers:
+ * chat completions; Messages where it ends in /messages; Responses where it ends in /responses.
  *
  *   upstream PORT      (0: any free port; the port it got is the first line on stdout)
  *
@@ -9,7 +10,8 @@
  * answered with a stream, any other with one JSON object of as many stamps and as much text.
  *
  * Each event carries `@` + 16 digits + `@`, the microseconds of CLOCK_MONOTONIC at which it was written, and the last
- * one ends in "The end.". After the first burst a stream with a gap waits a *random* part of it once, so that many
+ * one ends in "The end.". Stamps of one stream strictly increase: what repeats a text at its end (Responses does, four
+ * times) can so be told from the text itself. After the first burst a stream with a gap waits a *random* part of it once, so that many
  * streams begun together do not tick together: 500 streams of 50 ms are 10,000 lone events a second, not 20 volleys.
  *
  * GET /stats answers how many connections, requests, streams and events there have been; any other GET lists the model.
@@ -52,6 +54,7 @@ typedef struct {
     long events, gap_ms, burst, bytes, first_ms;
 } behaviour;
 
+typedef enum { CHAT, MESSAGES, RESPONSES } dialect_t;
 typedef enum { READING, STARTING_JSON, STARTING_STREAM, STREAMING, CLOSED } phase_t;
 
 typedef struct connection {
@@ -61,6 +64,9 @@ typedef struct connection {
     size_t out_sent;
     behaviour asked;
     long events_sent;
+    dialect_t dialect;
+    text said;         /* of a Responses stream: all of its text so far */
+    uint64_t stamp_us; /* the last one written */
     uint64_t due_us;
     long heap_place; /* -1: not waiting for a time */
 } connection;
@@ -167,6 +173,7 @@ static void bury(void) {
         connection *c = graveyard[--graves];
         free(c->in.bytes);
         free(c->out.bytes);
+        free(c->said.bytes);
         free(c);
     }
 }
@@ -222,8 +229,10 @@ static size_t write_words(char *to, long bytes) {
     return (size_t)bytes;
 }
 
-static size_t write_stamp(char *to) {
+static size_t write_stamp(connection *c, char *to) {
     uint64_t stamp = now_us();
+    if (stamp <= c->stamp_us) stamp = c->stamp_us + 1;
+    c->stamp_us = stamp;
     to[0] = to[STAMP_DIGITS + 1] = '@';
     for (int i = STAMP_DIGITS; i > 0; i--, stamp /= 10) to[i] = (char)('0' + stamp % 10);
     return STAMP_DIGITS + 2;
@@ -235,26 +244,82 @@ static size_t write_text(char *to, const char *from) {
     return n;
 }
 
+/* One event with a name, its data in up to three parts: what comes before a text, the text, what comes after. */
+static void append_named(text *out, const char *name, const char *before, const char *bytes, size_t n, const char *after) {
+    char size[24];
+    size_t length = strlen(name) + strlen(before) + n + strlen(after) + 16; /* "event: " + "\ndata: " + "\n\n" */
+    append(out, size, (size_t)snprintf(size, sizeof size, "%zx\r\n", length));
+    append_line(out, "event: ");
+    append_line(out, name);
+    append_line(out, "\ndata: ");
+    append_line(out, before);
+    append(out, bytes, n);
+    append_line(out, after);
+    append_line(out, "\n\n\r\n");
+}
+
+static void append_plain(text *out, const char *name, const char *data) { append_named(out, name, data, "", 0, ""); }
+
 static void append_content_event(connection *c) {
     static char data[MAX_EVENT_BYTES + 512];
-    size_t n = write_text(data, CHUNK_START);
-    n += write_text(data + n, "[{\"index\":0,\"delta\":{\"content\":\"");
-    n += write_stamp(data + n);
+    size_t start = 0;
+    if (c->dialect == CHAT) {
+        start = write_text(data, CHUNK_START);
+        start += write_text(data + start, "[{\"index\":0,\"delta\":{\"content\":\"");
+    }
+    size_t n = start + write_stamp(c, data + start);
     n += write_words(data + n, c->asked.bytes);
     if (++c->events_sent == c->asked.events) n += write_text(data + n, LAST_WORDS);
-    n += write_text(data + n, "\"},\"finish_reason\":null}]}");
-    append_event(&c->out, data, n);
+    if (c->dialect == CHAT) {
+        n += write_text(data + n, "\"},\"finish_reason\":null}]}");
+        append_event(&c->out, data, n);
+    } else if (c->dialect == MESSAGES) {
+        append_named(&c->out, "content_block_delta",
+                     "{\"type\":\"content_block_delta\",\"index\":0,\"delta\":{\"type\":\"text_delta\",\"text\":\"", data, n, "\"}}");
+    } else {
+        char before[256];
+        snprintf(before, sizeof before,
+                 "{\"type\":\"response.output_text.delta\",\"sequence_number\":%ld,\"item_id\":\"msg_0123456789abcdef\","
+                 "\"output_index\":0,\"content_index\":0,\"delta\":\"", c->events_sent + 3);
+        append_named(&c->out, "response.output_text.delta", before, data, n, "\",\"logprobs\":[]}");
+        append(&c->said, data, n);
+    }
     totals.events++;
 }
 
+#define RESPONSE_START "\"response\":{\"id\":\"resp_0123456789abcdef\",\"object\":\"response\",\"created_at\":1750000000,\"model\":\"mock\","
+#define ITEM_START "\"item\":{\"id\":\"msg_0123456789abcdef\",\"type\":\"message\",\"role\":\"assistant\","
+#define PART_START "\"part\":{\"type\":\"output_text\",\"annotations\":[],\"logprobs\":[],\"text\":\""
+#define OF_ITEM "\"item_id\":\"msg_0123456789abcdef\",\"output_index\":0,\"content_index\":0,"
+
 static void append_opening(connection *c) {
-    char data[512];
-    int n = snprintf(data, sizeof data, "%s[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}", CHUNK_START);
     append_line(&c->out, STREAM_HEAD);
-    append_event(&c->out, data, (size_t)n);
+    if (c->dialect == CHAT) {
+        char data[512];
+        int n = snprintf(data, sizeof data, "%s[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"finish_reason\":null}]}", CHUNK_START);
+        append_event(&c->out, data, (size_t)n);
+    } else if (c->dialect == MESSAGES) {
+        append_plain(&c->out, "message_start",
+                     "{\"type\":\"message_start\",\"message\":{\"id\":\"msg_0123456789abcdef\",\"type\":\"message\",\"role\":\"assistant\","
+                     "\"model\":\"mock\",\"content\":[],\"stop_reason\":null,\"stop_sequence\":null,"
+                     "\"usage\":{\"input_tokens\":90,\"output_tokens\":1}}}");
+        append_plain(&c->out, "content_block_start",
+                     "{\"type\":\"content_block_start\",\"index\":0,\"content_block\":{\"type\":\"text\",\"text\":\"\"}}");
+        append_plain(&c->out, "ping", "{\"type\":\"ping\"}");
+    } else {
+        c->said.length = 0;
+        append_plain(&c->out, "response.created",
+                     "{\"type\":\"response.created\",\"sequence_number\":0," RESPONSE_START "\"status\":\"in_progress\",\"output\":[],\"usage\":null}}");
+        append_plain(&c->out, "response.in_progress",
+                     "{\"type\":\"response.in_progress\",\"sequence_number\":1," RESPONSE_START "\"status\":\"in_progress\",\"output\":[],\"usage\":null}}");
+        append_plain(&c->out, "response.output_item.added",
+                     "{\"type\":\"response.output_item.added\",\"sequence_number\":2,\"output_index\":0," ITEM_START "\"status\":\"in_progress\",\"content\":[]}}");
+        append_plain(&c->out, "response.content_part.added",
+                     "{\"type\":\"response.content_part.added\",\"sequence_number\":3," OF_ITEM PART_START "\"}}");
+    }
 }
 
-static void append_closing(connection *c) {
+static void append_chat_closing(connection *c) {
     char data[512];
     int n = snprintf(data, sizeof data, "%s[{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}", CHUNK_START);
     append_event(&c->out, data, (size_t)n);
@@ -262,6 +327,40 @@ static void append_closing(connection *c) {
                  CHUNK_START, c->asked.events, c->asked.events + 90);
     append_event(&c->out, data, (size_t)n);
     append_event(&c->out, "[DONE]", 6);
+}
+
+static void append_messages_closing(connection *c) {
+    char data[256];
+    append_plain(&c->out, "content_block_stop", "{\"type\":\"content_block_stop\",\"index\":0}");
+    snprintf(data, sizeof data, "{\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"end_turn\",\"stop_sequence\":null},\"usage\":{\"output_tokens\":%ld}}",
+             c->asked.events);
+    append_plain(&c->out, "message_delta", data);
+    append_plain(&c->out, "message_stop", "{\"type\":\"message_stop\"}");
+}
+
+static void append_responses_closing(connection *c) {
+    char last[256];
+    append_named(&c->out, "response.output_text.done", "{\"type\":\"response.output_text.done\",\"sequence_number\":1000001," OF_ITEM "\"logprobs\":[],\"text\":\"",
+                 c->said.bytes, c->said.length, "\"}");
+    append_named(&c->out, "response.content_part.done", "{\"type\":\"response.content_part.done\",\"sequence_number\":1000002," OF_ITEM PART_START,
+                 c->said.bytes, c->said.length, "\"}}");
+    append_named(&c->out, "response.output_item.done",
+                 "{\"type\":\"response.output_item.done\",\"sequence_number\":1000003,\"output_index\":0," ITEM_START
+                 "\"status\":\"completed\",\"content\":[{\"type\":\"output_text\",\"annotations\":[],\"logprobs\":[],\"text\":\"",
+                 c->said.bytes, c->said.length, "\"}]}}");
+    snprintf(last, sizeof last,
+             "\"}]}],\"usage\":{\"input_tokens\":90,\"input_tokens_details\":{\"cached_tokens\":0},\"output_tokens\":%ld,"
+             "\"output_tokens_details\":{\"reasoning_tokens\":0},\"total_tokens\":%ld}}}", c->asked.events, c->asked.events + 90);
+    append_named(&c->out, "response.completed",
+                 "{\"type\":\"response.completed\",\"sequence_number\":1000004," RESPONSE_START "\"status\":\"completed\",\"output\":["
+                 "{\"id\":\"msg_0123456789abcdef\",\"type\":\"message\",\"role\":\"assistant\",\"status\":\"completed\","
+                 "\"content\":[{\"type\":\"output_text\",\"annotations\":[],\"logprobs\":[],\"text\":\"",
+                 c->said.bytes, c->said.length, last);
+}
+
+static void append_closing(connection *c) {
+    static void (*const CLOSINGS[])(connection *) = {append_chat_closing, append_messages_closing, append_responses_closing};
+    CLOSINGS[c->dialect](c);
     append_line(&c->out, "0\r\n\r\n");
 }
 
@@ -298,7 +397,7 @@ static void answer_json(connection *c) {
     size_t n = write_text(json, "{\"id\":\"chatcmpl-0123456789abcdef\",\"object\":\"chat.completion\",\"created\":1750000000,\"model\":\"mock\","
                                 "\"choices\":[{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"");
     for (long i = 0; i < c->asked.events && n + (size_t)c->asked.bytes + 1024 < sizeof json; i++) {
-        n += write_stamp(json + n);
+        n += write_stamp(c, json + n);
         n += write_words(json + n, c->asked.bytes);
     }
     n += write_text(json + n, LAST_WORDS);
@@ -349,8 +448,17 @@ static int asks_for_stream(const char *body, size_t n) {
     return end - found >= 4 && !memcmp(found, "true", 4);
 }
 
+static dialect_t dialect_of(connection *c) {
+    const char *path_end = memmem(c->in.bytes, c->in.length, " HTTP/1.", 8);
+    if (path_end && path_end - c->in.bytes > 10 && !memcmp(path_end - 9, "/messages", 9)) return MESSAGES;
+    if (path_end && path_end - c->in.bytes > 11 && !memcmp(path_end - 10, "/responses", 10)) return RESPONSES;
+    return CHAT;
+}
+
 static void answer(connection *c, const char *body, size_t n) {
     totals.requests++;
+    c->dialect = dialect_of(c);
+    c->stamp_us = 0;
     if (!memcmp(c->in.bytes, "GET ", 4)) {
         answer_get(c);
         return;
