@@ -127,9 +127,9 @@ class Answers:
 
     def remember(self, name: str, parent: str, items: bytes, wall: float) -> Rows:
         """Keep a turn's items, behind a parent it ``joins``, or ``""``. Returns the rows to save and to forget."""
-        if len(items) > self._entry_bytes_max:
-            return []
         rows = self._forget(name) if self._find(name) is not None else []
+        if len(items) > self._entry_bytes_max:
+            return rows
         entry = _Entry(wall, wall, wall, len(items), wall)
         before = self._find(parent)
         if before is None:
