@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pytest
 
@@ -41,15 +41,16 @@ class ScriptedUpstream:
     A step may be a function of the request instead of a turn. The model's name comes back as it was asked for.
     """
 
+    server: ClassVar[type[SimulatedServer]] = SimulatedServer
+    dialect: ClassVar[str] = "chat"
+
     def __init__(
         self, *steps: Step, model_suffix: str = "", models: tuple[str, ...] = ("model",), wait_s: float = WAIT_S
     ) -> None:
         self._wait_s = wait_s
         self._script = _Recording(*steps)
         self._changed = asyncio.Event()
-        self._server = SimulatedServer(
-            self._script, model_suffix=model_suffix, models=models, on_change=self._changed.set
-        )
+        self._server = self.server(self._script, model_suffix=model_suffix, models=models, on_change=self._changed.set)
 
     def __repr__(self) -> str:
         return f"<ScriptedUpstream {self._server!r}, {self.open_connections} connections>"
@@ -109,7 +110,9 @@ async def upstreams() -> AsyncIterator[Upstreams]:
     """Start upstreams that are closed after the test; called like ``ScriptedUpstream``, and awaited."""
     async with AsyncExitStack() as stack:
 
-        async def start(*steps: Step, **options: Any) -> ScriptedUpstream:
-            return await stack.enter_async_context(ScriptedUpstream(*steps, **options))
+        async def start(
+            *steps: Step, kind: type[ScriptedUpstream] = ScriptedUpstream, **options: Any
+        ) -> ScriptedUpstream:
+            return await stack.enter_async_context(kind(*steps, **options))
 
         yield start

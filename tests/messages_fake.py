@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -88,6 +88,8 @@ Step = Said | Callable[[dict[str, Any]], Said]
 class MessagesUpstream(RawUpstream):
     """Plays one step for each request; the last one repeats."""
 
+    dialect: ClassVar[str] = "messages"
+
     def __init__(self, *steps: Step) -> None:
         super().__init__(self._answer)
         self._steps = steps
@@ -130,8 +132,9 @@ async def _whole(talk: Talk, body: bytes, status: int = 200) -> None:
 
 
 def after_tools(body: Mapping[str, Any]) -> bool:
-    """True if the conversation ends with a tool's result."""
-    return '"tool_result"' in json.dumps(body["messages"][-1])
+    """True if the conversation ends with a tool's result, in this dialect or as chat has it."""
+    last = body["messages"][-1]
+    return last["role"] == "tool" or '"tool_result"' in json.dumps(last)
 
 
 def going_on(body: Mapping[str, Any]) -> bool:

@@ -65,13 +65,19 @@ class Daemon:
 
 
 def provider(
-    name: str, base_url: str, *, extra: str = "", model: str = MODEL, price: str = "input = 1, output = 2"
+    name: str,
+    base_url: str,
+    *,
+    extra: str = "",
+    model: str = MODEL,
+    price: str = "input = 1, output = 2",
+    dialect: str = "chat",
 ) -> str:
-    """TOML for one OpenAI-compatible provider with one model."""
+    """TOML for one provider with one model."""
     return f"""
 [providers.{name}]
 base_url = "{base_url}"
-dialect = "chat"
+dialect = "{dialect}"
 api_key = "{KEY}"
 {extra}
 [providers.{name}.models]
@@ -83,7 +89,9 @@ def config_text(
     upstreams: Mapping[str, ScriptedUpstream], *, defaults: str = "", more: str = "", extra: str = ""
 ) -> str:
     """TOML for a daemon over these upstreams; ``auto`` tries them in order. ``extra`` goes into every provider."""
-    providers = "".join(provider(name, upstream.base_url, extra=extra) for name, upstream in upstreams.items())
+    providers = "".join(
+        provider(name, upstream.base_url, extra=extra, dialect=upstream.dialect) for name, upstream in upstreams.items()
+    )
     tiers = ", ".join(f'"{name}/{MODEL}"' for name in upstreams)
     return f"""
 [server]

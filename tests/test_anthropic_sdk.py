@@ -6,21 +6,24 @@ What each test states about a client is what its SDK makes of the bytes, not wha
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import anthropic
 import openai
 import pytest
 
 from routerd.proxy.simulated import Answer, Fault, Turn
-from tests.fakes import ScriptedUpstream, Upstreams, call
+from tests.fakes import Upstreams, call
 from tests.messages_fake import MESSAGES, SIGNATURE, MessagesUpstream, Said, agent, mixed_config
 from tests.proxy.wire import Heard, hear
+from tests.responses_fake import SEAL
 from tests.rig import KEY, MODEL, Daemon, daemon
+from tests.tongues import KINDS, Kind, rest_of, speaking
 
 TEXT = "Seven plus five is twelve, as everybody knows."
 THINKING = "Seven and five."
@@ -37,22 +40,12 @@ WEATHER: Any = {
 QUICK = 'first_token_timeout = "400ms"\nstall_timeout = "400ms"\nmax_wait = "0s"\nkeepalive = "100ms"\n'
 ASK: Any = {"model": "auto", "max_tokens": 1024, "messages": [{"role": "user", "content": "Seven plus five?"}]}
 
-Kind = Literal["chat", "messages"]
-KINDS: tuple[Kind, ...] = ("chat", "messages")
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def upstream_saying(kind: Kind, said: Said) -> ScriptedUpstream | MessagesUpstream:
-    """An upstream of this kind that says the same as the other kind would."""
-    if kind == "messages":
-        return MessagesUpstream(said)
-    calls = tuple(call(name, **json.loads(arguments)) for name, arguments in said.calls)
-    return ScriptedUpstream(Turn(Answer(text=said.text, reasoning=said.thinking, calls=calls)))
 
 
 @asynccontextmanager
 async def served(tmp_path: Path, kind: Kind, said: Said, *, defaults: str = "") -> AsyncIterator[Daemon]:
-    async with upstream_saying(kind, said) as upstream:
+    async with speaking(kind, said) as upstream:
         text = mixed_config({"one": (kind, upstream.base_url)}, defaults=defaults)
         async with daemon(text, tmp_path) as running:
             yield running
@@ -137,17 +130,13 @@ async def test_thinking(kind: Kind, tmp_path: Path) -> None:
 
     assert [block.type for block in message.content] == ["thinking", "text"]
     assert message.content[0].thinking == THINKING
-    assert message.content[0].signature == (SIGNATURE if kind == "messages" else "")
+    assert message.content[0].signature == {"messages": SIGNATURE, "responses": SEAL, "chat": ""}[kind]
 
 
 @every_kind
 async def test_conversation_with_tools(kind: Kind, tmp_path: Path) -> None:
     """The SDK sends an answer back as history, with the tool's result, and gets the next one."""
-    steps: Any = {
-        "messages": lambda: MessagesUpstream(agent("weather", ARGUMENTS, "It rains.")),
-        "chat": lambda: ScriptedUpstream(Turn(Answer(calls=(call("weather", city="Köln"),), final_text="It rains."))),
-    }
-    async with steps[kind]() as upstream:
+    async with speaking(kind, agent("weather", ARGUMENTS, "It rains.")) as upstream:
         text = mixed_config({"one": (kind, upstream.base_url)})
         async with daemon(text, tmp_path) as running:
             first = await ask(running, tools=[WEATHER])
@@ -256,14 +245,15 @@ async def test_a_provider_of_both_is_spoken_to_in_the_clients_dialect(tmp_path: 
     assert (len(chat.requests), len(messages.talks)) == (1, 1)
 
 
-# --- OpenAI's SDK over a Messages upstream ----------------------------------------------------------------------------
+# --- OpenAI's SDK over upstreams of other dialects --------------------------------------------------------------------
 
 
-async def test_openai_sdk_over_messages(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "chat"])
+async def test_openai_sdk_over_others(kind: Kind, tmp_path: Path) -> None:
     """Thinking, text, calls, finish and usage, as that SDK reads them."""
     said = Said(thinking=THINKING, text=TEXT, calls=(("weather", ARGUMENTS),))
     tool: Any = {"type": "function", "function": {"name": "weather", "parameters": WEATHER["input_schema"]}}
-    async with served(tmp_path, "messages", said) as running, openai_sdk(running) as client:
+    async with served(tmp_path, kind, said) as running, openai_sdk(running) as client:
         whole = await client.chat.completions.create(model="auto", messages=ASK["messages"], tools=[tool])
         options: Any = {"stream": True, "stream_options": {"include_usage": True}}
         stream = await client.chat.completions.create(model="auto", messages=ASK["messages"], tools=[tool], **options)
@@ -344,11 +334,12 @@ async def test_text_is_taken_up_by_another(how: Any, tmp_path: Path) -> None:
     assert message.stop_reason == "end_turn"
 
 
-async def test_text_is_taken_up_by_an_upstream_of_another_dialect(tmp_path: Path, upstreams: Upstreams) -> None:
-    """The rest may come from a chat upstream."""
-    chat = await upstreams(Turn(Answer(text=TEXT.removeprefix("Seven plus "))))
-    async with MessagesUpstream(Said(text=TEXT, how="tear")) as one:
-        text = mixed_config({"one": ("messages", one.base_url), "two": ("chat", chat.base_url)}, defaults=QUICK)
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(KINDS, 2)))
+async def test_text_is_taken_up_by_an_upstream_of_another_dialect(first: Kind, second: Kind, tmp_path: Path) -> None:
+    """The beginning and the rest may come from any two."""
+    said = Said(text=TEXT)
+    async with speaking(first, Said(text=TEXT, how="tear")) as one, speaking(second, rest_of(said)) as two:
+        text = mixed_config({"one": (first, one.base_url), "two": (second, two.base_url)}, defaults=QUICK)
         async with daemon(text, tmp_path) as running:
             message = await ask(running)
 

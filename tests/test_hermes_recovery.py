@@ -3,6 +3,9 @@
 Each row is one fault, and runs Hermes twice side by side: once over a provider that has it in the first request that
 can have it, and once over one that has it every time; behind either there is a healthy one, with other words for the
 same thing. What the fault cost is read from the daemon's log, so the load of the machine does not count.
+
+In chat mode both providers speak chat. In Responses mode the faulty one speaks Responses and the healthy one chat, so
+that what passed as it came is gone on with in our own words.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import pytest
 from routerd.proxy.simulated import Answer, Fault, Received, Turn
 from tests.continuing import gone_on_with
 from tests.fakes import ScriptedUpstream, call
-from tests.hermes_rig import HermesResult, run_hermes
+from tests.hermes_rig import ApiMode, HermesResult, run_hermes
+from tests.responses_fake import ResponsesUpstream
 from tests.rig import Daemon, config_text, daemon
 
 pytestmark = [pytest.mark.hermes, pytest.mark.xdist_group("hermes"), pytest.mark.timeout(240)]
@@ -63,6 +67,12 @@ CASES = {
 }
 
 
+FAULTY: dict[ApiMode, type[ScriptedUpstream]] = {
+    "chat_completions": ScriptedUpstream,
+    "codex_responses": ResponsesUpstream,
+}
+
+
 def breaking(case: Case, *, always: bool) -> Callable[[Received], Turn]:
     """A model that has the fault in every turn that can have it, or only the first time."""
     had: list[Received] = []
@@ -103,28 +113,29 @@ class Run(NamedTuple):
         return float(sum(line["duration_s"] for line in self.served.exchanges))
 
 
-async def run(case: Case, home: Path, *, always: bool) -> Run:
+async def run(case: Case, mode: ApiMode, home: Path, *, always: bool) -> Run:
     """One task through a daemon of its own."""
 
     def healthy(request: Received) -> Turn:
         return Turn(gone_on_with(OTHER, request, (FIRST,)))
 
     async with (
-        ScriptedUpstream(breaking(case, always=always)) as first,
+        FAULTY[mode](breaking(case, always=always)) as first,
         ScriptedUpstream(healthy) as second,
         daemon(config_text({"first": first, "second": second}, defaults=SETTINGS), home.parent) as served,
     ):
-        return Run(home, await run_hermes(f"{served.url}/v1", PROMPT, hermes_home=home), served)
+        return Run(home, await run_hermes(f"{served.url}/v1", PROMPT, hermes_home=home, api_mode=mode), served)
 
 
+@pytest.mark.parametrize("mode", FAULTY)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 async def test_a_break_in_mid_answer_is_not_noticed(
-    case: Case, tmp_path: Path, record_property: Callable[[str, object], None]
+    case: Case, mode: ApiMode, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Whether it happens once or every time, the task is done, the texts are whole, and it costs seconds at most."""
     began = time.monotonic()
     once, always = await asyncio.gather(
-        run(case, tmp_path / "once", always=False), run(case, tmp_path / "always", always=True)
+        run(case, mode, tmp_path / "once", always=False), run(case, mode, tmp_path / "always", always=True)
     )
     took_s = time.monotonic() - began
     record_property(

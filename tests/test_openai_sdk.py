@@ -15,11 +15,13 @@ from openai.types.chat import ChatCompletionChunk
 
 from routerd.canonical import Usage
 from routerd.proxy.simulated import TEXT, Answer, Fault, Turn
-from tests.fakes import Upstreams, call
+from tests.fakes import ScriptedUpstream, Upstreams, call
+from tests.responses_fake import ResponsesUpstream
 from tests.rig import MODEL, TOKEN, WEATHER, config_text, daemon
 
 MESSAGES: Any = [{"role": "user", "content": "Hello."}]
 TOOLS: Any = [WEATHER]
+over_both = pytest.mark.parametrize("kind", [ScriptedUpstream, ResponsesUpstream], ids=["over chat", "over responses"])
 TWO_CALLS = Answer(text="Let me see.", calls=(call("weather", city="Oslo"), call("weather", city="Rome")))
 
 
@@ -51,10 +53,11 @@ def _text(chunks: list[ChatCompletionChunk]) -> str:
 # --- answers --------------------------------------------------------------------------------------------------------
 
 
-async def test_whole_answer(upstreams: Upstreams, tmp_path: Path) -> None:
+@over_both
+async def test_whole_answer(kind: type[ScriptedUpstream], upstreams: Upstreams, tmp_path: Path) -> None:
     """Parsed into the library's types, with usage and our headers."""
     used = Usage(input_tokens=100, cached_tokens=40, output_tokens=20, reasoning_tokens=5)
-    async with client_of({"a": await upstreams(Turn(Answer(usage=used)))}, tmp_path) as client:
+    async with client_of({"a": await upstreams(Turn(Answer(usage=used)), kind=kind)}, tmp_path) as client:
         raw = await client.chat.completions.with_raw_response.create(model="auto", messages=MESSAGES)
         completion = raw.parse()
 
@@ -71,9 +74,10 @@ async def test_whole_answer(upstreams: Upstreams, tmp_path: Path) -> None:
         assert raw.headers["x-routerd-provider"] == "a"
 
 
-async def test_stream(upstreams: Upstreams, tmp_path: Path) -> None:
+@over_both
+async def test_stream(kind: type[ScriptedUpstream], upstreams: Upstreams, tmp_path: Path) -> None:
     """Every chunk parses; the finish comes last, and no usage that was not asked for."""
-    async with client_of({"a": await upstreams()}, tmp_path) as client:
+    async with client_of({"a": await upstreams(kind=kind)}, tmp_path) as client:
         chunks = await _streamed(client)
 
         assert _text(chunks) == TEXT
@@ -82,10 +86,11 @@ async def test_stream(upstreams: Upstreams, tmp_path: Path) -> None:
         assert all(chunk.usage is None for chunk in chunks)
 
 
-async def test_usage_of_a_stream(upstreams: Upstreams, tmp_path: Path) -> None:
+@over_both
+async def test_usage_of_a_stream(kind: type[ScriptedUpstream], upstreams: Upstreams, tmp_path: Path) -> None:
     """Asked for, it comes as the last chunk, which has no choices."""
     answer = Answer(usage=Usage(input_tokens=100, output_tokens=20))
-    async with client_of({"a": await upstreams(Turn(answer))}, tmp_path) as client:
+    async with client_of({"a": await upstreams(Turn(answer), kind=kind)}, tmp_path) as client:
         chunks = await _streamed(client, stream_options={"include_usage": True})
 
         assert not chunks[-1].choices
@@ -93,9 +98,10 @@ async def test_usage_of_a_stream(upstreams: Upstreams, tmp_path: Path) -> None:
         assert chunks[-1].usage.total_tokens == 120
 
 
-async def test_parallel_calls(upstreams: Upstreams, tmp_path: Path) -> None:
+@over_both
+async def test_parallel_calls(kind: type[ScriptedUpstream], upstreams: Upstreams, tmp_path: Path) -> None:
     """Two calls in one answer, each with its own id and whole arguments."""
-    async with client_of({"a": await upstreams(Turn(TWO_CALLS))}, tmp_path) as client:
+    async with client_of({"a": await upstreams(Turn(TWO_CALLS), kind=kind)}, tmp_path) as client:
         completion = await client.chat.completions.create(model="auto", messages=MESSAGES, tools=TOOLS)
         calls: Any = completion.choices[0].message.tool_calls
 
@@ -134,10 +140,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("fault", BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("keepalive", ["5s", "50ms"])
-async def test_accumulated_stream(fault: Fault | None, keepalive: str, upstreams: Upstreams, tmp_path: Path) -> None:
+@over_both
+async def test_accumulated_stream(
+    kind: type[ScriptedUpstream], fault: Fault | None, keepalive: str, upstreams: Upstreams, tmp_path: Path
+) -> None:
     """Whatever went wrong upstream and however often we said that we live, the message comes out whole, once."""
     answer = Answer(reasoning="Hm, the weather.", text=TWO_CALLS.text, calls=TWO_CALLS.calls, pace_s=0.01)
-    several = {"a": await upstreams(Turn(answer, fault)), "b": await upstreams(Turn(answer))}
+    several = {"a": await upstreams(Turn(answer, fault), kind=kind), "b": await upstreams(Turn(answer), kind=kind)}
     settings = f'stall_timeout = "200ms"\nkeepalive = "{keepalive}"'
     async with client_of(several, tmp_path, defaults=settings) as client:
         async with client.chat.completions.stream(model="auto", messages=MESSAGES, tools=TOOLS) as stream:
@@ -154,9 +163,10 @@ async def test_accumulated_stream(fault: Fault | None, keepalive: str, upstreams
         assert kinds.count("tool_calls.function.arguments.done") == 2
 
 
-async def test_signs_of_life(upstreams: Upstreams, tmp_path: Path) -> None:
+@over_both
+async def test_signs_of_life(kind: type[ScriptedUpstream], upstreams: Upstreams, tmp_path: Path) -> None:
     """Chunks that say nothing are chunks to the library: it waits on, and nothing of them is in the message."""
-    upstream = await upstreams(Turn(fault=Fault("pause", "before_headers", seconds=0.5)))
+    upstream = await upstreams(Turn(fault=Fault("pause", "before_headers", seconds=0.5)), kind=kind)
     async with client_of({"a": upstream}, tmp_path, defaults='keepalive = "50ms"') as client:
         patient = client.with_options(timeout=0.3)  # per read: without signs of life this would not do
         chunks = await _streamed(patient)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from routerd.policy.answers import (
     CHAIN_MAX,
+    CONTESTED_S,
     ENTRY_BYTES_MAX,
     FRESH_SHARE,
     INDEX,
@@ -86,6 +87,30 @@ def test_a_server_that_uses_an_id_twice() -> None:
     assert not answers.joins("d", "c", WALL + 10)
 
 
+def test_two_conversations_with_one_name() -> None:
+    """Nobody can know which is meant, so it leads to neither; what was said behind it is not lost."""
+    answers = Answers()
+    rows = conversation(answers, "a", "b", "c")
+    contested = answers.contest("b", "", WALL + 9)
+    restored = Answers()
+    restored.restore(on_disk([*rows, *(contested or ())])[0], WALL)
+
+    for one in (answers, restored):
+        assert chain(one, "b") == []
+        assert chain(one, "c") == ["a", "b", "c"]
+
+
+def test_no_contest() -> None:
+    """With nobody, within the same conversation, and with one that has not been heard of for a day."""
+    answers = Answers()
+    conversation(answers, "a")
+
+    assert answers.contest("b", "", WALL) is None
+    assert answers.contest("a", "a", WALL) is None
+    assert answers.contest("a", "", WALL + CONTESTED_S) is None
+    assert chain(answers, "a") == ["a"]
+
+
 def test_a_link_that_will_not_hold_is_not_made() -> None:
     """To a parent that is gone, to one with too many before it, and to a conversation that began long ago."""
     answers = Answers()
@@ -149,11 +174,14 @@ def test_their_share_is_theirs() -> None:
 
 
 def test_too_large_an_answer_is_not_kept() -> None:
-    """It would push out everybody else's."""
+    """It would push out everybody else's. Nor is the one whose place it takes."""
     answers = Answers()
 
+    answers.remember("b", "", SAID, WALL)
+
     assert not answers.remember("a", "", bytes(ENTRY_BYTES_MAX + 1), WALL)
-    assert chain(answers, "a") == []
+    assert on_disk(answers.remember("b", "", bytes(ENTRY_BYTES_MAX + 1), WALL)) == ({}, {})
+    assert chain(answers, "a") == chain(answers, "b") == []
 
 
 def test_age() -> None:

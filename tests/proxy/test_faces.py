@@ -91,3 +91,18 @@ async def test_a_face_that_is_refused_is_exchanged(
         assert not heard.torn
         assert [one["outcome"] for one in served.exchanges[0]["attempts"]][-1] == "success"
         assert len(served.exchanges[0]["attempts"]) == (1 if client == "chat" else 2)
+
+
+@pytest.mark.parametrize(
+    ("provider", "kept", "rejected"),
+    [("openai", "keep", ()), ("xai", "keep", ()), ("deepseek", "require", ("store", "include"))],
+)
+def test_thinking_in_the_dialect_that_seals_it(
+    provider: str, kept: str, rejected: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Chat at these vendors has no field for sealed thinking, or refuses to hear that nothing is to be stored."""
+    live = upstream(tmp_path, provider)
+    fix = live.face("responses").upstream.fix
+
+    assert (fix.reasoning_content, fix.rejected_fields) == (kept, rejected)
+    assert fix != live.face("chat").upstream.fix
