@@ -998,8 +998,6 @@ class _Providers:
         for dialect in spoken:
             if dialect not in given:
                 table.problem("base_url", f"there is none for {dialect}; give one, or leave {dialect} out of dialect")
-        if spoken and not set(spoken) & DIALECTS.keys():
-            table.problem("dialect", f"this version sends {', '.join(DIALECTS)} only, not {', '.join(spoken)}")
 
     def _base_url(self, value: object) -> str:
         return _url(self._secrets.text(value))

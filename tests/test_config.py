@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from routerd import config
 from routerd.canonical import Limit, Price, Secret, Upstream
 from routerd.config import Config, ConfigError, Listen, Problem
-from routerd.dialects import DIALECTS
 
 KEYS = {"OPENROUTER_API_KEY": "or", "MIMO_API_KEY": "mi", "GROQ_API_KEY": "gr", "LAB_KEY": "la", "HERMES_TOKEN": "he"}
 ENVIRON = {"HOME": "/home/agent", **KEYS}
@@ -341,14 +340,6 @@ class TestMistakes:
     def test_each_is_named_with_its_place_and_what_to_do(self, folder: Path, text: str, expected: str) -> None:
         """One line: the TOML path, what is wrong, and what to write instead."""
         assert expected in problems(folder, text)
-
-    @pytest.mark.parametrize("dialect", sorted({"responses", "messages"} - DIALECTS.keys()))
-    def test_a_server_must_speak_what_the_daemon_does(self, folder: Path, dialect: str) -> None:
-        """Otherwise no request could be sent to it."""
-        (found,) = problems(folder, LAB_MODEL + f'dialect = "{dialect}"')
-
-        assert found.startswith("providers.lab.dialect: this version sends chat")
-        assert found.endswith(f"only, not {dialect}")
 
     def test_all_are_reported_together(self, folder: Path) -> None:
         """Nobody has to fix one to hear of the next."""
