@@ -39,6 +39,8 @@ REFUSALS_MAX = 256  # per exchange: so many refusals, each cheap and quick, do n
 ROUND_PAUSE_S = (0.5, 2.0, 5.0, 15.0)  # before everybody is tried again; the last value repeats
 PANIC_AFTER_S = 15.0  # with nobody else to ask, one whose breaker stays open for longer is tried again all the same
 TIMER_SLACK_S = 0.002  # the loop's timers count whole milliseconds, and may be early by one
+MISSES_MAX = 8  # so often a plan that could not be carried out is made anew at once
+MISSED_PAUSE_S = 0.02  # then after this: whatever the reason is, it may not keep the loop busy
 GOING_ON_TOKENS = 100  # of the words in which an answer that broke off is asked for, at the most
 NOBODY: frozenset[LiveUpstream] = frozenset()
 TOO_LATE = Failure(
@@ -100,6 +102,7 @@ class Exchange:
         self._step: Step | None = None  # what the last failure led to
         self._refusals = 0
         self._dispatched = 0
+        self._missed = 0  # reservations that were planned and could not be had
         self._waited = False  # and no attempt since
         self._turn_at = math.inf  # when the quota that was waited for first should have been free
         self._in_call = False  # what the client has broke off inside a tool call
@@ -174,7 +177,7 @@ class Exchange:
         """``barred``: who is not to be chosen this time."""
         return self._pool.planner.plan(
             self._arrival.route,
-            self._arrival.head,  # as the client asked: a call on the side is one that does not stream
+            self._now_asked(self._arrival.head),  # the client's: a call on the side is one that does not stream
             now=self._clock(),
             wall=time.time(),
             draw=random.random(),
@@ -192,7 +195,8 @@ class Exchange:
         after_s = self._hedge_after_s(live)
         ended = await (self._go(plan, live) if after_s is None else self._race(plan, live, after_s))
         if ended is None:  # somebody took the last of the quota in between: plan anew, after all others had a turn
-            await asyncio.sleep(0)
+            self._missed += 1
+            await asyncio.sleep(0 if self._missed <= MISSES_MAX else MISSED_PAUSE_S)
             return False
         attempt, failure = ended
         if failure is not None:
@@ -204,7 +208,7 @@ class Exchange:
         self, plan: Plan, live: LiveUpstream, race: Race | None = None, *, hedge: bool = False
     ) -> Ended | None:
         """One attempt from its reservation to its settling; None if it could not begin."""
-        now, wall, asked = self._clock(), time.time(), self._asked_now()
+        now, wall, asked = self._clock(), time.time(), self._now_asked(self._asked)
         ticket = await self._pool.begin(plan, self._arrival.route, asked, now, wall, self.record, hedge=hedge)
         if ticket is None:
             return None
@@ -224,12 +228,12 @@ class Exchange:
                 await attempt.close(whole=False)
         return attempt, failure
 
-    def _asked_now(self) -> Head:
-        """What is asked of this upstream: to go on with an answer means to read what there is of it as well."""
+    def _now_asked(self, head: Head) -> Head:
+        """What is asked for at this step: to go on with an answer means to read what there is of it as well."""
         if not isinstance(self._step, Continue):
-            return self._asked
+            return head
         more = GOING_ON_TOKENS + self.downstream.transcript.characters // CHARACTERS_PER_TOKEN
-        return msgspec.structs.replace(self._asked, prompt_tokens=self._asked.prompt_tokens + more)
+        return msgspec.structs.replace(head, prompt_tokens=head.prompt_tokens + more)
 
     def _prepare(self, ticket: Ticket) -> None:
         live = ticket.live

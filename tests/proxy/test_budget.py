@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from routerd.proxy.simulated import Answer, Fault, Turn
 from tests.fakes import ScriptedUpstream, Upstreams
 from tests.proxy.wire import error_of, get, hear
 from tests.rig import HELLO, MODEL, config_text, daemon, provider
@@ -46,6 +47,26 @@ async def test_other_routes_are_not_affected(stream: bool, upstreams: Upstreams,
         assert (await hear(served.url, asked)).status == 429
         assert (await hear(served.url, asked | {"model": "other"})).status == 200
         assert (await hear(served.url, asked | {"model": MODEL})).status == 200
+
+
+async def test_going_on_is_paid_for_or_not_begun(upstreams: Upstreams, tmp_path: Path) -> None:
+    """An answer that broke off costs more to go on with than it did to begin. If that is too much, the client is told:
+    in the stream, at once, and by a connection that does not end as if all were well.
+    """
+    torn = Turn(Answer(text="word " * 4_000, piece=4_000), fault=Fault("eof", "mid_text"))
+    first, second = await upstreams(torn), await upstreams()
+    text = config_text(
+        {"a": first, "b": second},
+        more='budget = { usd = 0.003, per = "day", resets = "UTC" }',
+        defaults='max_wait = "0s"',
+    )
+    async with daemon(text, tmp_path) as served:
+        heard = await hear(served.url, ASKED | {"stream": True})
+
+        assert heard.torn
+        assert "the budget of auto is spent" in heard.chunks[-1]["error"]["message"]
+        assert second.requests == []
+        assert heard.reads[-1][0] < 5
 
 
 async def test_what_costs_nothing_goes_on(upstreams: Upstreams, tmp_path: Path) -> None:
