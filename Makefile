@@ -1,5 +1,7 @@
 # Everything here needs only Python >= 3.11 (with venv) and make; `python` may be another name: make PYTHON=python3.12
 PYTHON ?= python3
+# A good part of the tests waits for real time to pass: three of them at once keep two cores busy.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(2, (os.cpu_count() or 2) * 3 // 2))')
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -10,7 +12,7 @@ run: $(VENV)/.run  ## start routerd on 127.0.0.1:8080
 
 test: $(VENV)/.test  ## the whole suite; what cannot run here is skipped by name
 	-@$(BIN)/python -m tests.hermes_rig  # its own venv; without it the Hermes tests are skipped by name
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from tests.hermes_rig import ApiMode, HermesResult, run_hermes
 from tests.responses_fake import ResponsesUpstream
 from tests.rig import Daemon, config_text, daemon
 
-pytestmark = [pytest.mark.hermes, pytest.mark.xdist_group("hermes"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.hermes, pytest.mark.xdist_group("hermes-recovery"), pytest.mark.timeout(240)]
 
 PROMPT = "Write the report with the terminal tool."
 WRITE = call("terminal", command="echo written >> report.txt")
