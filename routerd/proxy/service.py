@@ -67,7 +67,7 @@ CHECKPOINT_S = 30.0  # estimates and breakers are saved this often
 STATUS_S = 5.0  # the manager is told at most this often how things are
 FEEDINGS = 3  # of the watchdog within its time
 BACKLOG = 4096
-COLLECTOR_THRESHOLDS = (10_000, 20, 50)  # objects made, and collections of the generation before
+COLLECTOR_THRESHOLDS = (2_000, 20, 50)  # objects made, and collections of the generation before
 
 
 def serve(config: Config, state_dir: Path, load: Callable[[], Config]) -> None:
