@@ -59,7 +59,8 @@ from routerd.dialects.chat_request import (
 )
 from routerd.dialects.chat_translate import decode_request, encode_request, unsaid
 from routerd.dialects.faults import find_fault, named_fault, read_fault, read_json, told_error
-from routerd.dialects.sse import BLOCK_BYTES_MAX, DONE, Block, Framer
+from routerd.dialects.reading import StreamDecoder
+from routerd.dialects.sse import BLOCK_BYTES_MAX, DONE, Block
 from routerd.dialects.tokens import cost_usd, count
 
 DETAILS_BYTES_MAX: Final = 4 * 1024 * 1024  # of an answer's sealed thinking; of more, none is kept
@@ -432,7 +433,7 @@ def _read_odd_chunk(data: bytes) -> _Chunk | Fault:
 # --- answers: streams -------------------------------------------------------------------------------------------------
 
 
-class ChatDecoder:
+class ChatDecoder(StreamDecoder):
     """Reads one attempt's stream."""
 
     __slots__ = (
@@ -440,8 +441,6 @@ class ChatDecoder:
         "_details",
         "_ended",
         "_events",
-        "_finished",
-        "_framer",
         "_holding",
         "_raw",
         "_started",
@@ -450,11 +449,10 @@ class ChatDecoder:
 
     def __init__(self) -> None:
         self.unsaid: set[str] = set()
-        self._framer = Framer()
+        super().__init__()
         self._calls = _Calls()
         self._details = _Details()
         self._started = False
-        self._finished = False
         self._ended = False
         self._holding = (
             False  # blocks are kept back: they wait for the rest of a tool call, or are a [DONE] out of turn
@@ -465,21 +463,6 @@ class ChatDecoder:
     def __repr__(self) -> str:
         state = "ENDED" if self._ended else "FINISHED" if self._finished else "STARTED" if self._started else "NEW"
         return f"<ChatDecoder {state}, {self._calls.count} calls, {len(self._raw)} bytes held>"
-
-    def feed(self, data: bytes) -> list[Frame]:
-        return self._frames(self._framer.feed(data))
-
-    def close(self) -> list[Frame]:
-        """See ``Decoder.close``. What is torn after the finish reason (usage, a comment) is dropped."""
-        try:
-            frames = self._frames(self._framer.finish())
-        except UpstreamTruncated:
-            frames = []
-            if not self._finished:
-                raise
-        if not self._finished:
-            raise UpstreamTruncated("ended without a finish reason")
-        return frames
 
     def _frames(self, blocks: list[Block]) -> list[Frame]:
         frames, read = [], self._read

@@ -59,6 +59,7 @@ from routerd.dialects.messages_request import (
     tool_schemas,
 )
 from routerd.dialects.messages_translate import decode_request, encode_request, unsaid
+from routerd.dialects.reading import StreamDecoder
 from routerd.dialects.sse import DONE, Block, Framer
 from routerd.dialects.tokens import cost_usd, count
 
@@ -288,17 +289,16 @@ def _arguments(value: msgspec.Raw) -> str:
     return bytes(value).decode("utf-8", "replace")
 
 
-class MessagesDecoder:
+class MessagesDecoder(StreamDecoder):
     """Reads one attempt's stream."""
 
-    __slots__ = ("_blocks", "_broken", "_ended", "_finished", "_framer", "_meter", "_started")
+    __slots__ = ("_blocks", "_broken", "_ended", "_meter", "_started")
 
     def __init__(self) -> None:
-        self._framer = Framer()
+        super().__init__()
         self._blocks = _Blocks()
         self._meter = _Meter()
         self._started = False
-        self._finished = False
         self._ended = False
         self._broken = False  # it claimed its end without a stop reason: nothing of that goes on
 
@@ -310,21 +310,6 @@ class MessagesDecoder:
     def unsaid(self) -> set[str]:
         """See ``Decoder``."""
         return self._blocks.unsaid
-
-    def feed(self, data: bytes) -> list[Frame]:
-        return self._frames(self._framer.feed(data))
-
-    def close(self) -> list[Frame]:
-        """See ``Decoder.close``. What is torn after the stop reason is dropped."""
-        try:
-            frames = self._frames(self._framer.finish())
-        except UpstreamTruncated:
-            frames = []
-            if not self._finished:
-                raise
-        if not self._finished:
-            raise UpstreamTruncated("ended without a stop reason")
-        return frames
 
     def _frames(self, blocks: list[Block]) -> list[Frame]:
         frames = []

@@ -48,6 +48,7 @@ from routerd.canonical import (
 from routerd.dialects import CITATIONS, OTHER_CONTENT, SERVER_TOOLS
 from routerd.dialects.chat_request import JSON_ERRORS
 from routerd.dialects.faults import find_fault, named_fault, read_json
+from routerd.dialects.reading import StreamDecoder
 from routerd.dialects.responses_wire import (
     ACT_MARKS,
     CALL_KINDS,
@@ -67,7 +68,7 @@ from routerd.dialects.responses_wire import (
     read_usage,
     with_status,
 )
-from routerd.dialects.sse import DONE, Block, Framer
+from routerd.dialects.sse import DONE, Block
 
 _encode: Final = msgspec.json.Encoder().encode
 _NO_EVENTS: Final[tuple[Event, ...]] = ()
@@ -351,17 +352,16 @@ def _arguments(value: Any) -> str:
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
-class ResponsesDecoder:
+class ResponsesDecoder(StreamDecoder):
     """Reads one attempt's stream."""
 
-    __slots__ = ("_finished", "_flow", "_framer", "_items", "_started")
+    __slots__ = ("_flow", "_items", "_started")
 
     def __init__(self) -> None:
-        self._framer = Framer()
+        super().__init__()
         self._items = _Items()
         self._flow: tuple[WireEvent, _Said] | None = None  # the last delta of a text, and that text
         self._started = False
-        self._finished = False
 
     def __repr__(self) -> str:
         state = "FINISHED" if self._finished else "STARTED" if self._started else "NEW"
@@ -371,21 +371,6 @@ class ResponsesDecoder:
     def unsaid(self) -> set[str]:
         """See ``Decoder``."""
         return self._items.unsaid
-
-    def feed(self, data: bytes) -> list[Frame]:
-        return self._frames(self._framer.feed(data))
-
-    def close(self) -> list[Frame]:
-        """See ``Decoder.close``. What is torn after the last response is dropped."""
-        try:
-            frames = self._frames(self._framer.finish())
-        except UpstreamTruncated:
-            frames = []
-            if not self._finished:
-                raise
-        if not self._finished:
-            raise UpstreamTruncated("ended without a last response")
-        return frames
 
     def _frames(self, blocks: list[Block]) -> list[Frame]:
         read = self._read
