@@ -72,11 +72,15 @@ class Patience:
         """The limit for silence in mid-answer."""
         return _limit_s(self._gap, prompt_tokens, floor_s, ceiling_s)
 
-    def hedge_after_s(self, prompt_tokens: int, expected_s: float, floor_s: float) -> float:
-        """After which wait for the first content another upstream may be asked; ``expected_s`` is the usual wait."""
+    def hedge_after_s(self, prompt_tokens: int, expected_s: float, floor_s: float, limit_s: float) -> float:
+        """After which wait for the first content another upstream may be asked.
+
+        ``expected_s`` is the usual wait. Half of ``limit_s``, after which the wait is given up, is always enough.
+        """
         known = self._first.get(bisect_right(CLASS_BOUNDS_TOKENS, prompt_tokens))
         p95_s = known.quantile_s(0.95) if known is not None else None
-        return max(floor_s, HEDGE_FACTOR * expected_s if p95_s is None else p95_s)
+        usual_s = HEDGE_FACTOR * expected_s if p95_s is None else p95_s
+        return max(floor_s, min(usual_s, limit_s / 2))
 
 
 def _limit_s(waits: dict[int, Waits], prompt_tokens: int, floor_s: float, ceiling_s: float) -> float:

@@ -283,7 +283,8 @@ class Exchange:
         if route.hedge == "off" or not self._asked.stream or self.downstream.transcript.begun:
             return None
         expected_s = live.latency.first_token_s(tokens, self._clock())
-        return live.patience.hedge_after_s(tokens, expected_s, route.hedge_after_s)
+        limit_s = live.account.limits.first_token_s
+        return live.patience.hedge_after_s(tokens, expected_s, route.hedge_after_s, limit_s)
 
     async def _race(self, plan: Plan, live: LiveUpstream, after_s: float) -> Ended | None:
         """An attempt, and if it has nothing to say for so long, a second one beside it."""

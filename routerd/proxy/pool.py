@@ -357,7 +357,7 @@ class Pool:
         usage = _usage(ticket, gate, head, failure)
         cost_usd = _cost_usd(live.upstream, usage)
         self._teach_breakers(ticket, failure, lesson, now)
-        self._teach_latency(ticket, lesson, usage, head, now)
+        self._teach_latency(ticket, failure, lesson, usage, head, now)
         self._settle_quota(ticket, failure, lesson, usage, cost_usd, now, wall)
         if failure is None and usage is not None:
             self._affinity.remember(head.conversation, live.id, usage.input_tokens or head.prompt_tokens, now)
@@ -380,7 +380,9 @@ class Pool:
         else:
             account.neutral(ticket.account_permit, now)
 
-    def _teach_latency(self, ticket: Ticket, lesson: Verdict, usage: Usage | None, head: Head, now: float) -> None:
+    def _teach_latency(
+        self, ticket: Ticket, failure: Failure | None, lesson: Verdict, usage: Usage | None, head: Head, now: float
+    ) -> None:
         latency, first_at = ticket.live.latency, ticket.first_token_at
         if lesson.breaker == "success":
             latency.observe_success(now)
@@ -390,7 +392,10 @@ class Pool:
                 latency.observe_rate(usage.output_tokens, now - first_at, now)
         elif lesson.breaker in ("failure", "trip"):
             waited_s = 0.0 if first_at is not None else now - ticket.began_at
-            latency.observe_failure(head.prompt_tokens, waited_s, now)
+            if failure is None or failure.outcome is not Outcome.CANCELLED:
+                latency.observe_failure(head.prompt_tokens, waited_s, now)
+            elif waited_s > latency.first_token_s(head.prompt_tokens, now):  # outrun: so long at least it would take
+                latency.observe_first_token(head.prompt_tokens, waited_s, now)
 
     def _settle_quota(
         self,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from routerd.policy.patience import FACTOR, SAMPLES_MAX, SAMPLES_MIN, Patience, Waits
+from routerd.policy.patience import FACTOR, HEDGE_FACTOR, SAMPLES_MAX, SAMPLES_MIN, Patience, Waits
 
 FLOOR_S, CEILING_S = 1.0, 60.0
 
@@ -55,3 +56,16 @@ def test_prompts_of_other_sizes_are_another_matter() -> None:
     assert patience.stall_s(100, FLOOR_S, CEILING_S) == FACTOR * 0.5
     assert patience.first_token_s(100_000, FLOOR_S, CEILING_S) == CEILING_S
     assert patience.stall_s(100_000, FLOOR_S, CEILING_S) == CEILING_S
+
+
+def test_a_second_one_may_be_asked_after_the_usual_wait() -> None:
+    """What one request in twenty exceeds, or else a multiple of what is expected, up to half the limit."""
+    patience = Patience()
+    assert patience.hedge_after_s(100, 1.0, FLOOR_S, CEILING_S) == HEDGE_FACTOR * 1.0
+    assert patience.hedge_after_s(100, 0.1, FLOOR_S, CEILING_S) == FLOOR_S
+    assert patience.hedge_after_s(100, 50.0, FLOOR_S, CEILING_S) == CEILING_S / 2
+    for wait_s in range(1, 101):
+        patience.observe(100, float(wait_s) / 5, 0.5)
+
+    assert patience.hedge_after_s(100, 1.0, FLOOR_S, CEILING_S) == pytest.approx(19.0, abs=0.2)
+    assert patience.hedge_after_s(100_000, 1.0, FLOOR_S, CEILING_S) == HEDGE_FACTOR * 1.0

@@ -261,6 +261,21 @@ async def test_a_client_that_leaves_ends_both(upstreams: Upstreams, tmp_path: Pa
         assert served.metric("routerd_breaker_state", provider="a", model="m", state="closed") == 1
 
 
+async def test_a_stranger_is_hedged_as_well(upstreams: Upstreams, tmp_path: Path) -> None:
+    """Where little is known, half of the limit is waited for at the most; having lost before makes it no longer."""
+    silent, ready = await upstreams(SILENT), await upstreams()
+    text = config({"a": (silent.base_url, PAID), "b": (ready.base_url, FREE)})
+    text = text.replace('first_token_timeout = "5s"', 'first_token_timeout = "1s"')
+    text = text.replace("[defaults]", "[defaults]\nbreaker = { failures = 9, min_requests = 9 }")
+    async with daemon(text, tmp_path) as served:
+        for _ in range(3):
+            heard = await hear(served.url, streamed())
+
+            assert heard.text == TEXT
+            assert 0.45 <= heard.reads[0][0] < 0.95
+            assert ended(served) == [("a", "cancelled"), ("b", "success")]
+
+
 async def test_one_that_always_hangs_is_left_alone_in_the_end(upstreams: Upstreams, tmp_path: Path) -> None:
     """Losing counts as a failure for whoever was asked first: in the end its breaker opens."""
     silent, ready = await upstreams(*KNOWN, SILENT), await upstreams()
