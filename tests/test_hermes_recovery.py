@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import pytest
 
+from routerd.proxy.scripts import gone_on_with
 from routerd.proxy.simulated import Answer, Fault, Received, Turn
-from tests.continuing import gone_on_with
 from tests.fakes import ScriptedUpstream, call
 from tests.hermes_rig import ApiMode, HermesResult, run_hermes
 from tests.responses_fake import ResponsesUpstream

@@ -21,7 +21,6 @@ _ITEM_DONE: Final = "response.output_item.done"
 _ENDS: Final = ("response.completed", "response.incomplete")  # what breaks off at a limit is a part of a conversation
 _find_telling: Final = re.compile("|".join(map(re.escape, (_ITEM_DONE, *_ENDS))).encode()).search
 _ENDED: Final = frozenset({"completed", "incomplete"})
-_NO_ITEMS: Final = b"[]"
 
 
 class _Answer(msgspec.Struct, gc=False):

@@ -104,6 +104,7 @@ class Exchange:
         self._dispatched = 0
         self._missed = 0  # reservations that were planned and could not be had
         self._waited = False  # and no attempt since
+        self._let_pass = False  # one that was overtaken had its chance to go first
         self._turn_at = math.inf  # when the quota that was waited for first should have been free
         self._in_call = False  # what the client has broke off inside a tool call
         self._diverged = False  # a re-run could not be joined to what the client has
@@ -560,7 +561,10 @@ class Exchange:
         wait_s = 0.0 if obstacle is None else obstacle.wait_s if obstacle.reason == "quota" else math.inf
         if wait_s > min(self._waits_left_s, self._time_left_s()):
             return False
-        if obstacle is None:
+        if obstacle is None:  # nothing seems to keep it: it is let pass once, for it may not want this upstream at all
+            if self._let_pass:
+                return False
+            self._let_pass = True
             route.line.wake()
         await self._hold(wait_s, "quota")
         return True

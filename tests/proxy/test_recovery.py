@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from routerd.canonical import COMPLETE
+from routerd.proxy.scripts import gone_on_with
 from routerd.proxy.simulated import Answer, Call, Fault, Received, Turn
-from tests.continuing import gone_on_with
 from tests.fakes import Upstreams, call
 from tests.proxy.wire import Heard, RawUpstream, Talk, call_event, event, hear, streamed
 from tests.rig import HELLO, MODEL, WEATHER, Daemon, config_text, daemon

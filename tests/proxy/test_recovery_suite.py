@@ -29,8 +29,8 @@ from openai.types.responses import Response
 
 from routerd.canonical import End, Event, Finish, ReasoningDelta, Start, TextDelta, ToolDelta, ToolStart, UsageReport
 from routerd.dialects import DIALECTS
+from routerd.proxy.scripts import gone_on_with
 from routerd.proxy.simulated import PLACED_KINDS, PLACES, Answer, Call, Fault, Kind, Place, Received, Turn
-from tests.continuing import gone_on_with
 from tests.fakes import ScriptedUpstream
 from tests.proxy.wire import CHAT, Heard, hear
 from tests.responses_fake import RESPONSES, ResponsesUpstream
